@@ -1,0 +1,125 @@
+"""Files that are there whole or not at all, and that say what made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mergeprobe.errors import MergeProbeError, OutputExists
+from mergeprobe.version import __version__
+
+MADE_BY = f"mergeprobe {__version__}"
+
+
+@contextmanager
+def atomic_file(path: str | Path, *, force: bool = True) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on a clean exit it is synced and renamed there.
+
+    On any exception (a full disk, Ctrl-C) the temporary file is removed and `path` is as it was.
+    """
+    path = Path(path)
+    refuse_existing(path, force=force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; on a clean exit it takes `path`'s place."""
+    path = Path(path)
+    refuse_existing(path, force=force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        os.chmod(temporary, 0o755)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".old", dir=path.parent))
+            os.replace(path, old / "replaced")
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(path.parent)
+
+
+def refuse_existing(path: str | Path, *, force: bool) -> None:
+    """Raises OutputExists if `path` is there (an empty folder does not count) and not `force`."""
+    path = Path(path)
+    if force or not path.exists():
+        return
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+        return
+    raise OutputExists(f"'{path}' already exists; choose another output or pass --force")
+
+
+def write_json(path: str | Path, value: Any, *, force: bool = True) -> None:
+    with atomic_file(path, force=force) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_json(path: str | Path, error: type[MergeProbeError]) -> Any:
+    """The parsed file; `error` with one line if it is missing, empty or malformed."""
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise error(f"'{path}' does not exist") from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise error(f"'{path}' cannot be read: {problem}") from None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise error(
+            f"'{path}' is not valid JSON (line {problem.lineno}: {problem.msg})"
+        ) from None
+
+
+def check_schema(found: Any, newest: int, what: str, error: type[MergeProbeError]) -> None:
+    """Refuses a schema version that this release does not know."""
+    if not isinstance(found, int) or found < 1:
+        raise error(f"{what} has no valid schema version: got {found!r}, expected 1 to {newest}")
+    if found > newest:
+        raise error(
+            f"{what} has schema {found}; this mergeprobe reads up to {newest}: upgrade mergeprobe"
+        )
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # some file systems cannot sync a folder
+    finally:
+        os.close(handle)

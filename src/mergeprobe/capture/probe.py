@@ -1,0 +1,278 @@
+"""Probe: what was measured on one run at one step, in one safetensors file.
+
+Tensors carry the measurements, the header carries the provenance (JSON) and a digest of the
+tensors, so damage is found on reading. No pickle. A plain finished adapter is a probe that has
+only its update (`Probe.from_adapter`); every other part may be absent, and `has` says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergeprobe.adapters.checkpoint import Adapter, natural
+from mergeprobe.artefact import MADE_BY, atomic_file, check_schema
+from mergeprobe.errors import ProbeError
+from mergeprobe.lowrank import LowRank
+
+PROBE_SCHEMA = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """A second moment E[v vᵀ] (dim × dim, per token) as F Fᵀ + tail · I.
+
+    factor: F (dim, q), the leading directions scaled by the root of their eigenvalues.
+    tail: what is left of the exactly counted trace, spread evenly: (tr − ‖F‖²)/dim ≥ 0.
+    """
+
+    factor: Float[Tensor, "dim q"]
+    tail: float
+
+    @property
+    def trace(self) -> float:
+        return float(self.factor.double().square().sum()) + self.tail * self.factor.shape[0]
+
+    def quadratic(
+        self, left: Float[Tensor, "dim a"], right: Float[Tensor, "dim b"]
+    ) -> Float[Tensor, "a b"]:
+        """leftᵀ S right in float64, without forming S."""
+        left, right, factor = left.double(), right.double(), self.factor.double()
+        return (left.T @ factor) @ (factor.T @ right) + self.tail * (left.T @ right)
+
+    def dense(self) -> Float[Tensor, "dim dim"]:
+        factor = self.factor.double()
+        return factor @ factor.T + self.tail * torch.eye(factor.shape[0], dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """The run on the shared probe set, and the base on the same tokens.
+
+    hidden: (layers + 1, sequences, p) hidden states minus the base's, mean-pooled over each
+      sequence, projected to p dimensions by a seed that all runs share; entry 0 is the embedding
+      output, the last is after the final norm.
+    logprob, index: (positions, 64) the largest next-token log-probabilities (nats) and their ids;
+    tail: (positions,) log of the mass outside them. base_*: the same for the base model.
+    """
+
+    hidden: Float[Tensor, "layers sequences p"]
+    logprob: Float[Tensor, "positions top"]
+    index: Int[Tensor, "positions top"]
+    tail: Float[Tensor, " positions"]
+    base_logprob: Float[Tensor, "positions top"]
+    base_index: Int[Tensor, "positions top"]
+    base_tail: Float[Tensor, " positions"]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A small batch of the task itself.
+
+    ids: (items, tokens) token ids, right-padded with 0; completion_mask: 1 where a token counts
+    in the loss; attention_mask: 1 where it is no padding. base_loss, loss: (items,) mean
+    completion loss per item (nats per token) under the base and under the snapshot.
+    """
+
+    ids: Int[Tensor, "items tokens"]
+    attention_mask: Int[Tensor, "items tokens"]
+    completion_mask: Int[Tensor, "items tokens"]
+    base_loss: Float[Tensor, " items"]
+    loss: Float[Tensor, " items"]
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """What one run looked like at one step. Parts that were not measured are empty or None.
+
+    updates: module -> ΔW at the snapshot. halfway: module -> (k, k) sketch of ΔW at half of the
+    steps. gradient_base, gradient: module -> (k, k) sketch of the full-weight gradient of the mean
+    token loss, at the base point and at the snapshot. inputs, outputs: module -> second moments of
+    the module's input x (all tokens but padding) and of δ, the gradient of the summed token loss
+    at its output (completion tokens only: the empirical Fisher's factor), at the snapshot.
+    weight_norms: module -> ‖W‖ of the frozen base weight.
+    meta: provenance; the keys the readers rely on are in `provenance()`.
+    """
+
+    name: str
+    updates: dict[str, LowRank]
+    halfway: dict[str, Float[Tensor, "k k"]] = field(default_factory=dict)
+    gradient_base: dict[str, Float[Tensor, "k k"]] = field(default_factory=dict)
+    gradient: dict[str, Float[Tensor, "k k"]] = field(default_factory=dict)
+    inputs: dict[str, Moment] = field(default_factory=dict)
+    outputs: dict[str, Moment] = field(default_factory=dict)
+    weight_norms: dict[str, float] = field(default_factory=dict)
+    drift: Drift | None = None
+    calibration: Calibration | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @classmethod
+    def from_adapter(cls, adapter: Adapter) -> Probe:
+        """A finished adapter seen as a probe: its update and nothing else."""
+        meta = provenance(base=adapter.base, fingerprint=adapter.fingerprint, finished=True)
+        return cls(adapter.name, adapter.modules, meta=meta, path=adapter.path)
+
+    def to_adapter(self) -> Adapter:
+        """The snapshot as an adapter."""
+        return Adapter(
+            self.name,
+            self.updates,
+            base=self.meta.get("base") or "",
+            fingerprint=self.meta.get("base_fingerprint"),
+            path=self.path,
+        )
+
+    def has(self, part: str) -> bool:
+        """Whether a part (a field's name) was measured."""
+        return bool(getattr(self, part))
+
+    @property
+    def modules(self) -> list[str]:
+        return list(self.updates)
+
+
+def provenance(
+    *,
+    base: str = "",
+    fingerprint: str | None = None,
+    step: int | None = None,
+    planned_steps: int | None = None,
+    finished: bool = False,
+    **more: Any,
+) -> dict[str, Any]:
+    """The metadata every probe carries. Further keys: losses (the training loss of every logged
+    step as [step, loss] pairs), lr_curve ([step, learning rate] pairs), variant, ranks, init_hash (of A before the first step, or
+    None), data_tag, seed, versions, warmup_steps, halfway_step, model_type, layers."""
+    return {
+        "schema": PROBE_SCHEMA,
+        "made_by": MADE_BY,
+        "base": base,
+        "base_fingerprint": fingerprint,
+        "step": step,
+        "planned_steps": planned_steps,
+        "finished": finished,
+        **more,
+    }
+
+
+def write_probe(probe: Probe, path: str | Path, *, force: bool = True) -> Path:
+    """Writes the probe atomically. Tensors: updates fp32 with the scaling in the header."""
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    for module, update in probe.updates.items():
+        tensors[f"update.A:{module}"] = update.A
+        tensors[f"update.B:{module}"] = update.B
+    for part in ("halfway", "gradient_base", "gradient"):
+        for module, value in getattr(probe, part).items():
+            tensors[f"{part}:{module}"] = value
+    tails: dict[str, float] = {}
+    for part in ("inputs", "outputs"):
+        stored: dict[int, str] = {}
+        for module, moment in getattr(probe, part).items():
+            key = f"{part}:{module}"
+            if id(moment.factor) in stored:  # q, k and v read one input: stored once
+                shared[key] = stored[id(moment.factor)]
+            else:
+                stored[id(moment.factor)] = key
+                tensors[key] = moment.factor.to(torch.bfloat16)
+            tails[key] = moment.tail
+    for part in ("drift", "calibration"):
+        value = getattr(probe, part)
+        if value is not None:
+            tensors |= {f"{part}:{field}": tensor for field, tensor in vars(value).items()}
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    header = {
+        "format": "pt",
+        "mergeprobe": json.dumps(
+            {
+                **probe.meta,
+                "schema": PROBE_SCHEMA,
+                "name": probe.name,
+                "scalings": {m: u.scaling for m, u in probe.updates.items()},
+                "weight_norms": probe.weight_norms,
+                "shared": shared,
+                "tails": tails,
+            },
+            ensure_ascii=False,
+        ),
+        "digest": _digest(tensors.items()),
+    }
+    with atomic_file(path, force=force) as temporary:
+        save_file(tensors, temporary, metadata=header)
+    return Path(path)
+
+
+def read_probe(path: str | Path) -> Probe:
+    """Reads and verifies a probe; ProbeError with one line if damaged, too new or no probe."""
+    path = Path(path)
+    if not path.is_file():
+        raise ProbeError(f"'{path}' is no file; expected a probe written by MergeProbeCallback")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as problem:
+        raise ProbeError(f"'{path}' is truncated or damaged: {problem}") from None
+    if "mergeprobe" not in header:
+        raise ProbeError(f"'{path}' is a safetensors file but no probe (no mergeprobe header)")
+    try:
+        meta = json.loads(header["mergeprobe"])
+        check_schema(meta.get("schema"), PROBE_SCHEMA, f"probe '{path}'", ProbeError)
+        if header.get("digest") != _digest(tensors.items()):
+            raise ProbeError(f"'{path}' is damaged: its contents do not match its digest")
+        return _assemble(meta, tensors, path)
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise ProbeError(f"'{path}' is damaged: {type(problem).__name__} {problem}") from None
+
+
+def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> Probe:
+    def part(name: str) -> dict[str, Tensor]:
+        found = {k.split(":", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{name}:")}
+        return {key: found[key] for key in sorted(found, key=natural)}
+
+    scalings, shared, tails = meta.pop("scalings"), meta.pop("shared"), meta.pop("tails")
+    factors_b = part("update.B")
+    updates = {m: LowRank(factors_b[m], a, scalings[m]) for m, a in part("update.A").items()}
+
+    def moments(name: str) -> dict[str, Moment]:
+        keys = [key for key in tails if key.startswith(f"{name}:")]
+        keys.sort(key=natural)
+        return {
+            key.split(":", 1)[1]: Moment(tensors[shared.get(key, key)].float(), tails[key])
+            for key in keys
+        }
+
+    drift, calibration = part("drift"), part("calibration")
+    return Probe(
+        name=meta.pop("name"),
+        updates=updates,
+        halfway=part("halfway"),
+        gradient_base=part("gradient_base"),
+        gradient=part("gradient"),
+        inputs=moments("inputs"),
+        outputs=moments("outputs"),
+        weight_norms=meta.pop("weight_norms"),
+        drift=Drift(**drift) if drift else None,
+        calibration=Calibration(**calibration) if calibration else None,
+        meta=meta,
+        path=path,
+    )
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    total = hashlib.sha256()
+    for key, value in sorted(tensors):
+        total.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())
+        total.update(value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return total.hexdigest()
