@@ -55,7 +55,9 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
                 _sync(file)
         os.chmod(temporary, 0o755)
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".old", dir=path.parent))
+            old = Path(
+                tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".old", dir=path.parent)
+            )
             os.replace(path, old / "replaced")
             os.replace(temporary, path)
             shutil.rmtree(old)
@@ -95,9 +97,9 @@ def read_json(path: str | Path, error: type[MergeProbeError]) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as problem:
-        raise error(
-            f"'{path}' is not valid JSON (line {problem.lineno}: {problem.msg})"
-        ) from None
+        raise error(f"'{path}' is not valid JSON (line {problem.lineno}: {problem.msg})") from None
+    except (ValueError, RecursionError) as problem:  # absurd nesting, numbers of 5,000 digits
+        raise error(f"'{path}' cannot be read as JSON: {problem}") from None
 
 
 def check_schema(found: Any, newest: int, what: str, error: type[MergeProbeError]) -> None:

@@ -125,6 +125,8 @@ class Plan(_Frozen):
 
     tier: what the forecasts rest on: "weights" (finished adapters only), "file" (probes),
     "model" (probes, the base model and calibration batches), or "hand" (written by a person).
+    confidence: whether the point forecast or the low end of its interval had to keep
+    min_retention; the frontier's retentions are in the same measure.
     """
 
     schema_version: int = PLAN_SCHEMA
@@ -136,6 +138,7 @@ class Plan(_Frozen):
     route: Route = Route()
     tier: Literal["weights", "file", "model", "hand"] = "hand"
     calibrated: bool = False
+    confidence: Literal["point", "lower"] = "point"
     min_retention: float | None = None
     resident_parameters: int | None = None
     full_routing_parameters: int | None = None
@@ -148,6 +151,8 @@ class Plan(_Frozen):
         names = [ref.name for ref in self.adapters]
         if len(set(names)) != len(names):
             raise ValueError("two adapters of the plan have the same name")
+        for name in names:
+            check_name(name)
         grouped = [name for group in self.groups for name in group.adapters]
         if twice := sorted({name for name in grouped if grouped.count(name) > 1}):
             raise ValueError(f"{twice} stand in more than one group")
@@ -170,11 +175,15 @@ class Plan(_Frozen):
 
 
 def check_name(name: str) -> str:
-    """A name that can be a folder: not empty, no path separators, not '.', '..' or hidden."""
-    if not name or re.search(r"[/\\\x00-\x1f]", name) or name.startswith(".") or len(name) > 120:
+    """A name that can be a folder: not empty, no path separators, not '.', '..' or hidden.
+
+    Letters of any script and spaces are fine. The limit is in bytes, as file systems count.
+    """
+    bad = not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f\x7f\ud800-\udfff]", name)
+    if bad or len(name.encode()) > 200:
         raise PlanError(
-            f"{name!r} cannot name a group or adapter; use up to 120 characters "
-            "without '/', '\\' or control characters, not starting with '.'"
+            f"{name!r} cannot name a group or adapter; use up to 200 bytes without '/', '\\' or "
+            "control characters, not starting with '.'"
         )
     return name
 
@@ -188,11 +197,23 @@ def read_plan(path: str | Path) -> Plan:
     try:
         return Plan.model_validate(value)
     except ValidationError as problem:
-        first = problem.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "plan"
+        raise PlanError(f"'{path}': {_one_line(problem)}") from None
+    except PlanError as problem:
+        raise PlanError(f"'{path}': {problem}") from None
+
+
+def _one_line(problem: ValidationError) -> str:
+    """The first thing that is wrong, with its place in the file."""
+    first = problem.errors(include_url=False)[0]
+    place = [str(part) for part in first["loc"]]
+    if first["type"] in ("extra_forbidden", "missing"):
+        what = "unknown field" if first["type"] == "extra_forbidden" else "missing field"
+        line = f"{'.'.join(place[:-1]) or 'plan'}: {what} '{place[-1]}'"
+    else:
         got = first.get("input")
         shown = f", got {got!r}" if isinstance(got, str | int | float) else ""
-        raise PlanError(f"'{path}': {place}: {first['msg']}{shown}") from None
+        line = f"{'.'.join(place) or 'plan'}: {first['msg'].removeprefix('Value error, ')}{shown}"
+    return " ".join(line.split())
 
 
 def write_plan(plan: Plan, path: str | Path, *, force: bool = True) -> None:

@@ -1,0 +1,145 @@
+"""The search behind the planner: the cheapest partition whose worst member keeps a floor.
+
+Sets of adapters are bitmasks; what can be done with a set is a short list of Options. Retentions
+are whole billionths, so that sums are exact and equal partitions compare equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from mergeprobe.plan import Group
+
+BILLION = 10**9
+NO_FLOOR = -(10**30)  # below any retention
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that can be done with one set of adapters.
+
+    worst: lowest retention among members; total: their sum; both in billionths.
+    parameters: resident.
+    """
+
+    mask: int
+    group: Group
+    worst: int
+    total: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Options whose sets are disjoint and cover all adapters, ordered by their first adapter."""
+
+    options: tuple[Option, ...]
+
+    @property
+    def worst(self) -> int:
+        return min(option.worst for option in self.options)
+
+    @property
+    def total(self) -> int:
+        return sum(option.total for option in self.options)
+
+    @property
+    def parameters(self) -> int:
+        return sum(option.parameters for option in self.options)
+
+
+Options = Callable[[int], tuple[Option, ...]]
+Solve = Callable[[int], Partition | None]  # floor in billionths -> cheapest partition above it
+
+
+def pareto(options: Sequence[Option]) -> tuple[Option, ...]:
+    """Those that no other beats on parameters, worst and total; of equals the first."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.parameters, -o.worst, -o.total)):
+        if not any(other.worst >= option.worst and other.total >= option.total for other in kept):
+            kept.append(option)
+    return tuple(kept)
+
+
+def cheapest(options: Sequence[Option], floor: int) -> Option | None:
+    """Fewest parameters with worst ≥ floor; among equals the highest total."""
+    above = (option for option in options if option.worst >= floor)
+    return min(above, key=lambda o: (o.parameters, -o.total, -o.worst), default=None)
+
+
+def exact(options: Options, count: int) -> Solve:
+    """Solves over all set partitions of `count` adapters, by dynamic programming over bitmasks.
+
+    For one floor, parameters and total retention add up over groups, so the best partition of a
+    set is its lowest adapter's group plus the best partition of the rest: 3^count / 2 steps.
+    """
+    everything = (1 << count) - 1
+
+    def solve(floor: int) -> Partition | None:
+        choice = [None, *(cheapest(options(mask), floor) for mask in range(1, everything + 1))]
+        # mask -> (parameters, -total, first group); None where no partition reaches the floor
+        best: list[tuple[int, int, int] | None] = [(0, 0, 0)] + [None] * everything
+        for mask in range(1, everything + 1):
+            for group in with_lowest(mask):
+                option, rest = choice[group], best[mask ^ group]
+                if option is None or rest is None:
+                    continue
+                value = (option.parameters + rest[0], rest[1] - option.total, group)
+                held = best[mask]
+                if held is None or value[:2] < held[:2]:
+                    best[mask] = value
+        if best[everything] is None:
+            return None
+        groups, mask = [], everything
+        while mask:
+            groups.append(choice[best[mask][2]])  # pyright: ignore[reportOptionalSubscript]
+            mask ^= groups[-1].mask
+        return Partition(tuple(groups))
+
+    return solve
+
+
+def with_lowest(mask: int) -> Iterator[int]:
+    """The subsets of `mask` that hold its lowest bit, ascending: small groups win ties."""
+    lowest = mask & -mask
+    rest, part = mask ^ lowest, 0
+    while True:
+        yield lowest | part
+        if part == rest:
+            return
+        part = (part - rest) & rest
+
+
+def frontier(solve: Solve) -> list[Partition]:
+    """Every trade of worst-case retention against parameters, ascending in both.
+
+    From no floor at all, each next floor is just above what the last partition reached. Where
+    solve is exact so is this, and each point has the highest total among its equals.
+    """
+    steps: list[Partition] = []
+    floor = NO_FLOOR
+    while (found := solve(floor)) is not None:
+        steps.append(found)
+        floor = found.worst + 1
+    return undominated(steps)
+
+
+def undominated(partitions: Sequence[Partition]) -> list[Partition]:
+    """Those that no other beats on worst and parameters, ascending in both."""
+    kept: list[Partition] = []
+    for one in sorted(partitions, key=lambda p: (p.parameters, -p.worst, -p.total)):
+        if not kept or one.worst > kept[-1].worst:
+            kept.append(one)
+    return kept
+
+
+def tightened(solve: Solve, floor: int) -> list[Partition]:
+    """The cheapest partition at `floor`, then those as cheap with a higher worst case."""
+    found = solve(floor)
+    steps = [found] if found else []
+    while steps and (higher := solve(steps[-1].worst + 1)):
+        if higher.parameters > steps[0].parameters:
+            break
+        steps.append(higher)
+    return steps

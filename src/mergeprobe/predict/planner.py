@@ -1,0 +1,251 @@
+"""Forecasts -> Plan: which adapters share one, by what method, at what cost. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+
+from mergeprobe.errors import PlanError
+from mergeprobe.plan import (
+    Action,
+    AdapterRef,
+    FrontierPoint,
+    Group,
+    Plan,
+    Route,
+    check_name,
+)
+from mergeprobe.predict.partition import (
+    BILLION,
+    Option,
+    Options,
+    Partition,
+    exact,
+    frontier,
+    pareto,
+)
+from mergeprobe.predict.reasons import Confidence, Setting, group_reasons, number, plan_reasons
+from mergeprobe.predict.search import searched_frontier
+from mergeprobe.predict.separation import SEPARABLE_AUC, prompt_auc, separable
+
+EXACT_UP_TO = 8  # Bell(8) = 4,140 partitions of 255 sets; beyond, a local search
+
+Candidates = Callable[[tuple[str, ...]], Sequence[Group]]
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What the planner needs to know of an adapter. parameters: resident if kept whole."""
+
+    name: str
+    rank: int
+    parameters: int
+    path: str | None = None
+    weights_sha256: str | None = None
+
+
+def make_plan(
+    adapters: Sequence[AdapterInfo],
+    candidates: Candidates,
+    *,
+    min_retention: float = 0.9,
+    confidence: Confidence = "point",
+    route_by: Literal["name", "prompt"] = "name",
+    prompt_features: Mapping[str, np.ndarray] | None = None,
+    tier: Literal["weights", "file", "model", "hand"],
+    base: str = "",
+    base_fingerprint: str | None = None,
+    calibrated: bool = False,
+    missing: Sequence[str] = (),
+) -> Plan:
+    """The partition with the fewest resident parameters whose worst forecast keeps the floor.
+
+    candidates: called at most once per set of names (in the order of `adapters`), returns what
+    could be done with it, each a Group with a forecast for every member and its
+    resident_parameters; its name is replaced. For a single adapter one of them must be `route`
+    at full rank, with retention 1 by definition. An empty answer for more than one means that
+    they cannot be merged; `route` for more than one is passed over, being the same as each alone.
+    min_retention: the floor for every adapter, in [0, 1]. confidence: whether the point forecast
+    or the low end of its interval has to keep it; the frontier is in the same measure.
+    prompt_features: see separation.prompt_auc; needed for route_by="prompt".
+
+    Ties go to the higher worst case, then the higher mean. Exact up to 8 adapters, a local
+    search beyond. If nothing keeps the floor the best worst case is taken and the reasons say so.
+    The frontier is ascending in parameters and always holds full routing, even if dominated.
+    Raises PlanError.
+    """
+    _check(adapters, min_retention)
+    names = tuple(adapter.name for adapter in adapters)
+    options = measured(names, candidates, confidence)
+    floor = round(min_retention * BILLION)
+    if len(names) <= EXACT_UP_TO:
+        points = frontier(exact(options, len(names)))
+    else:
+        points = searched_frontier(options, len(names), floor)
+    reaching = [point for point in points if point.worst >= floor]
+    chosen = reaching[0] if reaching else points[-1]
+    setting = Setting(
+        names=names,
+        parameters=tuple(adapter.parameters for adapter in adapters),
+        ranks=tuple(adapter.rank for adapter in adapters),
+        options=options,
+        confidence=confidence,
+        floor=floor,
+        reached=bool(reaching),
+    )
+    routed = _check_routing(chosen, prompt_features) if route_by == "prompt" else ()
+    caution = () if calibrated else ("the forecasts are uncalibrated: read intervals as rough",)
+    return Plan(
+        base=base,
+        base_fingerprint=base_fingerprint,
+        adapters=tuple(
+            AdapterRef(name=a.name, path=a.path, weights_sha256=a.weights_sha256) for a in adapters
+        ),
+        groups=_written(setting, chosen),
+        route=Route(by=route_by),
+        tier=tier,
+        calibrated=calibrated,
+        confidence=confidence,
+        min_retention=min_retention,
+        resident_parameters=chosen.parameters,
+        full_routing_parameters=sum(setting.parameters),
+        frontier=_with_full_routing(points, adapters),
+        reasons=(*plan_reasons(setting, chosen, points), *routed, *caution),
+        missing=tuple(missing),
+    )
+
+
+def _check(adapters: Sequence[AdapterInfo], min_retention: float) -> None:
+    if not adapters:
+        raise PlanError("there are no adapters to plan for; name at least one")
+    names = [check_name(adapter.name) for adapter in adapters]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise PlanError(f"two adapters are called '{twice[0]}'; give each its own name")
+    if not (math.isfinite(min_retention) and 0 <= min_retention <= 1):
+        raise PlanError(
+            f"min_retention is {min_retention}; expected 0 to 1, where 0.9 means that every "
+            "adapter keeps 90 % of its gain"
+        )
+
+
+def measured(names: tuple[str, ...], candidates: Candidates, confidence: Confidence) -> Options:
+    """bitmask -> the Pareto-optimal options of that set; asks `candidates` once per set."""
+    known: dict[int, tuple[Option, ...]] = {}
+
+    def options(mask: int) -> tuple[Option, ...]:
+        if mask not in known:
+            members = tuple(name for i, name in enumerate(names) if mask >> i & 1)
+            groups = [
+                group
+                for group in candidates(members)
+                if len(members) == 1 or group.action is not Action.route
+            ]
+            if len(members) == 1 and not groups:
+                raise PlanError(f"'{members[0]}' has no candidate of its own; offer it as 'route'")
+            known[mask] = pareto([_option(group, members, mask, confidence) for group in groups])
+        return known[mask]
+
+    return options
+
+
+def _option(group: Group, members: tuple[str, ...], mask: int, confidence: Confidence) -> Option:
+    if set(group.adapters) != set(members):
+        raise PlanError(f"a candidate for {list(members)} is for {list(group.adapters)} instead")
+    if lacking := [name for name in members if name not in group.forecast]:
+        raise PlanError(f"a candidate for {list(members)} has no forecast for '{lacking[0]}'")
+    if group.resident_parameters is None:
+        raise PlanError(f"a candidate for {list(members)} does not say its resident_parameters")
+    forecasts = [group.forecast[name] for name in members]
+    kept = [
+        round((forecast.retention if confidence == "point" else forecast.low) * BILLION)
+        for forecast in forecasts
+    ]
+    return Option(mask, group, min(kept), sum(kept), group.resident_parameters)
+
+
+def _written(setting: Setting, chosen: Partition) -> tuple[Group, ...]:
+    """The chosen candidates under their names, the planner's reasons before their own."""
+    labels = group_names([option.group.adapters for option in chosen.options], setting.names)
+    groups = []
+    for label, option in zip(labels, chosen.options, strict=True):
+        reasons = (*group_reasons(setting, chosen, option), *option.group.reasons)
+        groups.append(option.group.model_copy(update={"name": label, "reasons": reasons}))
+    return tuple(groups)
+
+
+def group_names(groups: Sequence[tuple[str, ...]], adapters: Sequence[str]) -> list[str]:
+    """One folder name per group: the adapter's own, 'math+code' if short, else 'group-1'.
+
+    A group of several never takes the name of an adapter or of another group.
+    """
+    taken = set(adapters)
+    labels = []
+    for members in groups:
+        label = members[0] if len(members) == 1 else "+".join(members)
+        if len(members) > 1 and (len(label) > 60 or label in taken):
+            label = next(
+                name for i in range(1, len(taken) + 2) if (name := f"group-{i}") not in taken
+            )
+        taken.add(label)
+        labels.append(check_name(label))
+    return labels
+
+
+def _with_full_routing(
+    points: Sequence[Partition], adapters: Sequence[AdapterInfo]
+) -> tuple[FrontierPoint, ...]:
+    routing = FrontierPoint(
+        groups=tuple((adapter.name,) for adapter in adapters),
+        methods=(None,) * len(adapters),
+        mean_retention=1.0,
+        worst_retention=1.0,
+        resident_parameters=sum(adapter.parameters for adapter in adapters),
+    )
+    rows = [
+        FrontierPoint(
+            groups=tuple(option.group.adapters for option in point.options),
+            methods=tuple(option.group.method for option in point.options),
+            mean_retention=point.total / len(adapters) / BILLION,
+            worst_retention=point.worst / BILLION,
+            resident_parameters=point.parameters,
+        )
+        for point in points
+    ]
+    if routing not in rows:
+        rows.append(routing)
+    return tuple(sorted(rows, key=lambda row: row.resident_parameters))
+
+
+def _check_routing(chosen: Partition, features: Mapping[str, np.ndarray] | None) -> tuple[str, ...]:
+    """A reason in words, or PlanError naming the two adapters whose prompts look alike."""
+    groups = [option.group.adapters for option in chosen.options]
+    if len(groups) == 1:
+        return ("there is one group, so no prompt has to be told apart from another",)
+    names = [name for group in groups for name in group]
+    if lacking := [name for name in names if name not in (features or {})]:
+        raise PlanError(
+            f"routing by prompt needs calibration prompts of every adapter; '{lacking[0]}' has "
+            "none: route by name, or capture a probe with calibration items"
+        )
+    aucs = prompt_auc({name: (features or {})[name] for name in names})
+    crossing = [
+        (aucs.get((a, b), aucs.get((b, a), 0.0)), a, b)
+        for one, other in combinations(groups, 2)
+        for a in one
+        for b in other
+    ]
+    auc, a, b = min(crossing)
+    if not separable(auc):
+        raise PlanError(
+            f"prompts of '{a}' and '{b}' cannot be told apart (AUC {number(auc)}, needed "
+            f"{number(SEPARABLE_AUC)}) but they stand in different groups; route by name"
+        )
+    return (
+        f"a router can tell the groups apart by prompt: AUC {number(auc)} at worst "
+        f"('{a}' and '{b}', needed {number(SEPARABLE_AUC)})",
+    )

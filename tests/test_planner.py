@@ -1,0 +1,490 @@
+"""The planner against brute force, and its words against cases worked by hand."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergeprobe.errors import NotForecastable, PlanError
+from mergeprobe.plan import Action, Forecast, Group, plan_dict, read_plan, write_plan
+from mergeprobe.predict.costs import rank_for_budget, resident_parameters
+from mergeprobe.predict.partition import BILLION, exact
+from mergeprobe.predict.planner import AdapterInfo, group_names, make_plan, measured
+from mergeprobe.predict.search import local_search
+from mergeprobe.predict.separation import prompt_auc, separable
+
+SIZE = 1_200_000  # one adapter at rank 8
+
+
+def info(*names: str, parameters: int = SIZE) -> list[AdapterInfo]:
+    return [AdapterInfo(name, 8, parameters, f"adapters/{name}", "0" * 64) for name in names]
+
+
+def forecast(retention: float, half_width: float = 0.0) -> Forecast:
+    return Forecast(retention=retention, low=retention - half_width, high=retention + half_width)
+
+
+def routed(name: str, *, retention: float = 1.0, rank: int | None = None) -> Group:
+    return Group(
+        name="c",
+        adapters=(name,),
+        action=Action.route,
+        rank=rank,
+        forecast={name: forecast(retention)},
+        resident_parameters=SIZE if rank is None else SIZE * rank // 8,
+    )
+
+
+def merged(kept: dict[str, float], *, method="mean", parameters=SIZE, half_width=0.0) -> Group:
+    return Group(
+        name="c",
+        adapters=tuple(kept),
+        action=Action.merge,
+        method=method,
+        rank=8,
+        forecast={name: forecast(value, half_width) for name, value in kept.items()},
+        resident_parameters=parameters,
+        reasons=("from the surrogate",),
+    )
+
+
+def offer(table: dict[str, list[Group]]):
+    """Candidates from a table by joined names; sets it does not hold cannot be merged."""
+
+    def candidates(names: tuple[str, ...]):
+        return table.get("+".join(names), [routed(names[0])] if len(names) == 1 else [])
+
+    return candidates
+
+
+# --- the search -----------------------------------------------------------------------------
+
+
+def set_partitions(items: list[int]):
+    if not items:
+        yield []
+        return
+    first, rest = items[0], items[1:]
+    for size in range(len(rest) + 1):
+        for others in itertools.combinations(rest, size):
+            left = [x for x in rest if x not in others]
+            for parts in set_partitions(left):
+                yield [(first, *others), *parts]
+
+
+def brute_force(names, candidates):
+    """(resident, worst, mean) of every choice of candidates over every set partition."""
+    for parts in set_partitions(list(range(len(names)))):
+        offers = [candidates(tuple(names[i] for i in part)) for part in parts]
+        for groups in itertools.product(*offers):
+            kept = [round(f.retention, 9) for group in groups for f in group.forecast.values()]
+            yield (sum(g.resident_parameters for g in groups), min(kept), sum(kept) / len(kept))
+
+
+def check_against_brute_force(names, candidates, floor):
+    plan = make_plan(info(*names), candidates, min_retention=floor, tier="file")
+    everything = list(brute_force(names, candidates))
+    reaching = [row for row in everything if row[1] >= floor]
+    assert reaching, "singles are routed at 1"
+    resident, worst, mean = min(reaching, key=lambda r: (r[0], -r[1], -round(r[2], 7)))
+    kept = [f.retention for group in plan.groups for f in group.forecast.values()]
+    assert plan.resident_parameters == resident
+    assert min(kept) == pytest.approx(worst, abs=1e-9)
+    assert sum(kept) / len(kept) == pytest.approx(mean, abs=1e-7)
+
+    pareto = {
+        (r, w)
+        for r, w, _ in everything
+        if not any((s <= r and v > w) or (s < r and v >= w) for s, v, _ in everything)
+    }
+    best_mean = {key: max(m for r, w, m in everything if (r, w) == key) for key in pareto}
+    full = (SIZE * len(names), 1.0)
+    assert {(p.resident_parameters, p.worst_retention) for p in plan.frontier} == pareto | {full}
+    for key in pareto:
+        means = [
+            p.mean_retention
+            for p in plan.frontier
+            if (p.resident_parameters, p.worst_retention) == key
+        ]
+        assert max(means) == pytest.approx(best_mean[key], abs=1e-7)
+
+
+@st.composite
+def offers(draw):
+    """A table of candidates for 1 to 4 adapters, on a coarse grid so that ties are common."""
+    names = "abcd"[: draw(st.integers(1, 4))]
+    retention = st.integers(-2, 11).map(lambda tenths: tenths / 10)
+    table = {}
+    for size in range(1, len(names) + 1):
+        for members in itertools.combinations(names, size):
+            groups = [routed(members[0])] if size == 1 else []
+            for _ in range(draw(st.integers(0, 2))):
+                kept = {name: draw(retention) for name in members}
+                groups.append(merged(kept, parameters=SIZE // 4 * draw(st.integers(1, 9))))
+            table["+".join(members)] = groups
+    return list(names), offer(table), draw(st.integers(0, 10)) / 10
+
+
+@settings(max_examples=150, deadline=None)
+@given(offers())
+def test_the_plan_and_its_frontier_equal_brute_force(case):
+    check_against_brute_force(*case)
+
+
+def random_offer(names, seed, *, methods=1):
+    draw = random.Random(seed)
+    harm = {pair: draw.random() ** 3 * 0.4 for pair in itertools.permutations(names, 2)}
+    table = {}
+    for size in range(2, len(names) + 1):
+        for members in itertools.combinations(names, size):
+            groups = []
+            for method in range(methods):
+                kept = {
+                    a: 1 - sum(harm[a, b] for b in members if b != a) * (1 - method / 9)
+                    for a in members
+                }
+                groups.append(merged(kept, parameters=SIZE + SIZE // 2 * method))
+            table["+".join(members)] = groups
+    return offer(table)
+
+
+def test_eight_adapters_equal_brute_force_and_ask_once_per_set():
+    names = list("abcdefgh")
+    asked = []
+    candidates = random_offer(names, seed=3)
+    check_against_brute_force(names, candidates, 0.85)
+    make_plan(info(*names), lambda s: (asked.append(s), candidates(s))[1], tier="file")
+    assert len(asked) == len(set(asked)) == 255
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_local_search_is_within_one_group_of_exact_on_ten(seed):
+    names = tuple("abcdefghij")
+    options = measured(names, random_offer(names, seed, methods=2), "point")
+    for floor in (0.6, 0.8, 0.9):
+        best = exact(options, 10)(round(floor * BILLION))
+        found = local_search(options, 10)(round(floor * BILLION))
+        assert best is not None
+        assert found is not None
+        assert found.worst >= round(floor * BILLION)
+        assert best.parameters <= found.parameters <= best.parameters + SIZE
+
+
+def test_planted_families_are_found_beyond_the_exact_limit():
+    """Twelve adapters of three families: 0.95 within a family, 0.2 across."""
+    names = [f"{family}{i}" for i in range(4) for family in "xyz"]
+
+    def candidates(members):
+        if len(members) == 1:
+            return [routed(members[0]), routed(members[0], retention=0.92, rank=4)]
+        alike = len({name[0] for name in members}) == 1
+        return [merged(dict.fromkeys(members, 0.95 if alike else 0.2))]
+
+    plan = make_plan(info(*names), candidates, tier="file")
+    assert {frozenset(group.adapters) for group in plan.groups} == {
+        frozenset(f"{family}{i}" for i in range(4)) for family in "xyz"
+    }
+    assert plan.resident_parameters == 3 * SIZE
+    parameters = [point.resident_parameters for point in plan.frontier]
+    worsts = [point.worst_retention for point in plan.frontier]
+    assert parameters == sorted(parameters)
+    assert worsts == sorted(worsts)
+    assert (parameters[0], worsts[0]) == (SIZE, 0.2)  # all in one
+    assert (parameters[-1], worsts[-1]) == (12 * SIZE, 1.0)  # full routing
+    assert plan == make_plan(info(*names), candidates, tier="file")
+
+
+def test_ties_go_to_the_worst_case_then_the_mean():
+    table = {
+        "a+b": [
+            merged({"a": 0.95, "b": 0.91}, method="low-worst"),
+            merged({"a": 0.93, "b": 0.93}, method="low-mean"),
+            merged({"a": 0.99, "b": 0.93}, method="best"),
+        ]
+    }
+    plan = make_plan(info("a", "b"), offer(table), tier="file")
+    assert [group.method for group in plan.groups] == ["best"]
+
+
+# --- what the plan says ---------------------------------------------------------------------
+
+FIVE = {
+    "math+code": [merged({"math": 0.98, "code": 0.97}, half_width=0.05)],
+    "math+safety": [merged({"math": 0.9, "safety": 0.5})],
+    "code+safety": [merged({"code": 0.8, "safety": 0.6})],
+    "math+instruction": [merged({"math": 0.95, "instruction": 0.3})],
+    "code+instruction": [merged({"code": 0.95, "instruction": 0.4})],
+    "instruction+safety": [merged({"instruction": 0.8, "safety": 0.41}, half_width=0.31)],
+}
+NAMES = ("math", "code", "instruction", "safety")
+
+
+def test_conflict_apart_harmony_together_and_why():
+    plan = make_plan(
+        info(*NAMES),
+        offer(FIVE),
+        tier="model",
+        base="tiny",
+        base_fingerprint="f" * 16,
+        missing=("drift of 'math'",),
+    )
+    assert [group.name for group in plan.groups] == ["math+code", "instruction", "safety"]
+    assert [group.method for group in plan.groups] == ["mean", None, None]
+    assert plan.resident_parameters == 3 * SIZE
+    assert plan.full_routing_parameters == 4 * SIZE
+    assert (plan.tier, plan.base, plan.missing) == ("model", "tiny", ("drift of 'math'",))
+    assert plan.adapters[0].path == "adapters/math"
+    shared, *apart, own = plan.groups[0].reasons
+    assert shared == (
+        "'math' and 'code' share one adapter, merged by mean: forecast 0.97 worst-case "
+        "('code', 0.97 (0.92 to 1.02)), saves 1.2 M parameters"
+    )
+    assert len(apart) == 2
+    assert own == "from the surrogate"
+    assert (
+        plan.groups[1].reasons[0]
+        == "'instruction' is kept whole and routed, so it keeps all of its gain"
+    )
+    conflict = (
+        "'instruction' and 'safety' stay apart: merged by mean, 'safety' would keep 0.41 "
+        "(0.10 to 0.72) of its gain, below the floor 0.90"
+    )
+    assert conflict in plan.groups[1].reasons
+    assert conflict in plan.groups[2].reasons
+    assert plan.reasons[:4] == (
+        "4 adapters in 3 groups: 'math' and 'code' merged by mean; 'instruction' and 'safety' "
+        "each routed",
+        "forecast retention at worst 0.97 ('code'), on average 0.99",
+        "holds 3.6 M parameters, 75 % of full routing's 4.8 M parameters",
+        "the next cheaper choice (2.4 M parameters: math+code | instruction+safety) was refused: "
+        "merged by mean, 'safety' would keep 0.41 (0.10 to 0.72) of its gain, below the floor 0.90",
+    )
+    assert "uncalibrated" in plan.reasons[-1]
+
+
+def test_the_low_end_is_asked_for_when_confidence_is_lower(tmp_path):
+    table = {"a+b": [merged({"a": 0.95, "b": 0.97}, half_width=0.1)]}
+    assert len(make_plan(info("a", "b"), offer(table), tier="file").groups) == 1
+    plan = make_plan(info("a", "b"), offer(table), tier="file", confidence="lower")
+    assert len(plan.groups) == 2
+    assert plan.confidence == "lower"
+    assert [point.worst_retention for point in plan.frontier] == [0.85, 1.0]
+    assert any("low end below the floor 0.90" in reason for reason in plan.reasons)
+    write_plan(plan, tmp_path / "plan.json")
+    assert read_plan(tmp_path / "plan.json") == plan
+
+
+def test_when_all_stay_alone_the_closest_pair_is_named():
+    table = {
+        "a+b": [merged({"a": 0.8, "b": 0.95}, half_width=0.1)],
+        "a+c": [merged({"a": 0.95, "c": 0.897}, half_width=0.1)],
+        "b+c": [merged({"b": 0.1, "c": 0.2})],
+    }
+    plan = make_plan(info("a", "b", "c"), offer(table), tier="file", calibrated=True)
+    assert [group.action for group in plan.groups] == ["route"] * 3
+    # "0.90 below the floor 0.90" would read as a fault, so it says as many digits as it takes
+    assert plan.reasons[3] == (
+        "every adapter stays on its own: the closest pair was 'a' and 'c'; merged by mean, 'c' "
+        "would keep 0.897 (0.797 to 0.997) of its gain, below the floor 0.900"
+    )
+
+
+def test_a_merge_that_saves_nothing_is_not_chosen_and_said():
+    table = {"a+b": [merged({"a": 0.99, "b": 0.99}, parameters=2 * SIZE)]}
+    plan = make_plan(info("a", "b"), offer(table), tier="file")
+    assert len(plan.groups) == 2
+    assert plan.groups[0].reasons[1] == (
+        "'a' and 'b' could share one adapter: merged by mean, forecast 0.99 worst-case; but that "
+        "takes 2.4 M parameters, no less than apart (2.4 M parameters)"
+    )
+    assert any("closest pair was 'a' and 'b'" in reason for reason in plan.reasons)
+
+
+def test_sets_that_cannot_be_merged_and_truncated_routing():
+    table = {"a": [routed("a"), routed("a", retention=0.95, rank=2)]}
+    plan = make_plan(info("a", "b"), offer(table), tier="weights")
+    assert plan.resident_parameters == SIZE + SIZE // 4
+    assert plan.groups[0].reasons[:2] == (
+        "'a' is routed at rank 2 of 8: forecast 0.95 (0.95 to 0.95), saves 900 k parameters",
+        "'a' and 'b' stay apart: there is no way to merge them",
+    )
+    assert plan.frontier[-1].resident_parameters == 2 * SIZE
+
+
+def test_three_that_fit_in_pairs_only():
+    pair = lambda a, b: [merged({a: 0.95, b: 0.95})]  # noqa: E731
+    table = {
+        "a+b": pair("a", "b"),
+        "a+c": pair("a", "c"),
+        "b+c": pair("b", "c"),
+        "a+b+c": [merged({"a": 0.7, "b": 0.8, "c": 0.8})],
+    }
+    plan = make_plan(info("a", "b", "c"), offer(table), tier="file")
+    assert sorted(len(group.adapters) for group in plan.groups) == [1, 2]
+    assert any(
+        "'a', 'b' and 'c' stay apart: merged by mean, 'a' would keep 0.70" in reason
+        for reason in plan.groups[0].reasons
+    )
+
+
+def test_when_nothing_keeps_the_floor_the_best_worst_case_is_taken():
+    table = {
+        "a": [routed("a", retention=0.7, rank=4)],
+        "b": [routed("b", retention=0.8, rank=4)],
+        "a+b": [merged({"a": 0.75, "b": 0.75})],
+    }
+    plan = make_plan(info("a", "b"), offer(table), tier="file")
+    assert [group.adapters for group in plan.groups] == [("a", "b")]
+    assert any(
+        reason.startswith("no partition is forecast to keep the floor 0.90")
+        for reason in plan.reasons
+    )
+
+
+def test_one_adapter():
+    plan = make_plan(info("only"), offer({}), tier="file")
+    assert [group.name for group in plan.groups] == ["only"]
+    assert "there is only one adapter, so there is nothing to merge" in plan.reasons
+
+
+def test_group_names():
+    assert group_names([("math", "code"), ("safety",)], ["math", "code", "safety"]) == [
+        "math+code",
+        "safety",
+    ]
+    long = tuple(c * 30 for c in "abc")
+    assert group_names([long, ("d",)], [*long, "d"]) == ["group-1", "d"]
+    # an adapter may itself be called like a group
+    assert group_names([("a", "b"), ("a+b",), ("group-1",)], ["a", "b", "a+b", "group-1"]) == [
+        "group-2",
+        "a+b",
+        "group-1",
+    ]
+    assert group_names([("数学", "código pt")], ["数学", "código pt"]) == ["数学+código pt"]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "options", "said"),
+    [
+        ([], {}, "no adapters"),
+        (info("a", "a"), {}, "two adapters are called 'a'"),
+        (info("../a"), {}, "'../a' cannot name"),
+        (info("a"), {"min_retention": 90}, "min_retention is 90"),
+        (info("a"), {"min_retention": float("nan")}, "min_retention is nan"),
+    ],
+)
+def test_bad_input_is_one_line(adapters, options, said):
+    with pytest.raises(PlanError, match=r"\A[^\n]+\Z") as caught:
+        make_plan(adapters, offer({}), tier="file", **options)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("group", "said"),
+    [
+        (merged({"a": 1.0, "c": 1.0}), "is for ['a', 'c'] instead"),
+        (
+            merged({"a": 1.0, "b": 1.0}).model_copy(update={"forecast": {"a": forecast(1.0)}}),
+            "has no forecast for 'b'",
+        ),
+        (
+            merged({"a": 1.0, "b": 1.0}).model_copy(update={"resident_parameters": None}),
+            "does not say its resident_parameters",
+        ),
+    ],
+)
+def test_a_candidate_that_cannot_be_judged_is_refused(group, said):
+    with pytest.raises(PlanError, match="candidate") as caught:
+        make_plan(info("a", "b"), offer({"a+b": [group]}), tier="file")
+    assert said in str(caught.value)
+    with pytest.raises(PlanError, match="'a' has no candidate of its own"):
+        make_plan(info("a"), offer({"a": []}), tier="file")
+
+
+# --- routing by prompt ----------------------------------------------------------------------
+
+
+def test_prompt_auc_by_hand():
+    """1-d prompts. a: 0, 2; b: 1, 9. Scores ‖x − c_b‖² − ‖x − c_a‖², own item left out:
+    a0: (0−5)² − (0−2)² = 21;  a2: (2−5)² − (2−0)² = 5;
+    b1: (1−9)² − (1−1)² = 64;  b9: (9−1)² − (9−1)² = 0.  a above b in 2 of 4 pairs."""
+    a, b = np.array([[0.0], [2.0]]), np.array([[1.0], [9.0]])
+    assert prompt_auc({"a": a, "b": b}) == {("a", "b"): 0.5}
+    far = {"a": a, "b": a + 100, "c": a - 100}
+    assert prompt_auc(far) == {("a", "b"): 1.0, ("a", "c"): 1.0, ("b", "c"): 1.0}
+
+
+def test_equal_prompts_never_separate():
+    rows = np.random.default_rng(0).normal(size=(32, 16))
+    assert prompt_auc({"a": rows, "b": rows})["a", "b"] <= 0.5
+    assert separable(0.95)
+    assert not separable(0.9499)
+
+
+@pytest.mark.parametrize(
+    ("features", "said"),
+    [
+        ({"a": np.zeros((1, 3)), "b": np.zeros((2, 3))}, "'a' have shape (1, 3)"),
+        ({"a": np.zeros((2, 3)), "b": np.zeros((2, 4))}, "'a' 3, 'b' 4"),
+        ({"a": np.zeros((2, 3)), "b": np.full((2, 3), np.nan)}, "'b' hold NaN"),
+    ],
+)
+def test_prompt_features_that_cannot_be_used(features, said):
+    with pytest.raises(NotForecastable) as caught:
+        prompt_auc(features)
+    assert said in str(caught.value)
+
+
+def test_routing_by_prompt_only_where_groups_separate():
+    draw = np.random.default_rng(1)
+    rows = draw.normal(size=(20, 8))
+    centres = {"math": 0.0, "code": 0.0, "instruction": 50.0, "safety": -50.0}
+    features = {name: rows + centre for name, centre in centres.items()}
+    ask: dict[str, Any] = {"tier": "file", "route_by": "prompt"}
+    # math and code have the same prompts, but they share a group
+    plan = make_plan(info(*NAMES), offer(FIVE), prompt_features=features, **ask)
+    assert plan.route.by == "prompt"
+    assert any("AUC 1.00 at worst" in reason for reason in plan.reasons)
+
+    features["safety"] = features["instruction"]
+    with pytest.raises(PlanError, match=r"'instruction' and 'safety' cannot be told apart \(AUC 0"):
+        make_plan(info(*NAMES), offer(FIVE), prompt_features=features, **ask)
+    del features["safety"]
+    with pytest.raises(PlanError, match="'safety' has none"):
+        make_plan(info(*NAMES), offer(FIVE), prompt_features=features, **ask)
+    assert make_plan(info(*NAMES), offer(FIVE), tier="file").route.by == "name"
+
+
+# --- costs ----------------------------------------------------------------------------------
+
+
+def test_costs_by_hand():
+    shapes = {"q": (10, 6), "up": (20, 10)}
+    assert resident_parameters(shapes, 4) == 4 * 16 + 4 * 30
+    assert resident_parameters(shapes, {"q": 8, "up": 4}) == 8 * 16 + 4 * 30
+    with pytest.raises(PlanError, match="module 'up'"):
+        resident_parameters(shapes, {"q": 8})
+    # two adapters cost 92 per rank: 8 ranks fit in 739, 7 in 735
+    assert rank_for_budget([shapes, shapes], 736) == 8
+    assert rank_for_budget([shapes, shapes], 735) == 7
+    assert rank_for_budget([shapes], 3) == 1
+    with pytest.raises(PlanError, match="no adapter has a module"):
+        rank_for_budget([{}], 10)
+
+
+def test_the_planner_needs_no_torch():
+    code = "import sys, mergeprobe.predict.planner as p; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_plan_is_json_ready():
+    plan = make_plan(info(*NAMES), offer(FIVE), tier="file")
+    assert plan_dict(plan)["groups"][0]["reasons"]
