@@ -1,0 +1,203 @@
+"""Signals from the shared probe set: what each snapshot does to hidden states and predictions.
+
+Drifts are states minus the base's on the same tokens (raw states saturate near similarity 1 for
+any fine-tune). Predictions are kept as the 64 largest log-probabilities and the mass outside, so
+two lists are compared over the union of their ids, with everything else in one bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mergeprobe.capture.probe import Drift
+from mergeprobe.errors import ProbeError
+from mergeprobe.signals.panel import THIRDS, Panel
+from mergeprobe.signals.site import cosine, ratio
+
+FLOOR = 1e-12  # the smallest probability, so that an exactly empty tail gives no infinity
+STILL = 1e-9  # nats; a prediction closer to the base than this has not moved
+
+
+def drift_norm(panel: Panel, region: str) -> Float[Tensor, " n"]:
+    """Root mean square over sequences and layers of the drift's norm (a third, or all layers)."""
+    states = _drifts(panel, region)
+    values = [torch.nan if s is None else float(s.square().sum(-1).mean().sqrt()) for s in states]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def drift_ratio(panel: Panel, region: str) -> Float[Tensor, "n n"]:
+    """a's drift norm over b's."""
+    norms = drift_norm(panel, region)
+    return ratio(norms[:, None], norms[None, :])
+
+
+def drift_cosine(panel: Panel, region: str) -> Float[Tensor, "n n"]:
+    """Cosine of the two drifts over layers, sequences and (projected) directions together."""
+    states = _drifts(panel, region)
+    return cosine(_pairwise(states, lambda x, y: (x * y).sum()))
+
+
+def drift_cka(panel: Panel, region: str) -> Float[Tensor, "n n"]:
+    """Linear CKA of the two drifts over sequences, mean over layers.
+
+    ‖YᵀX‖²/(‖XᵀX‖ ‖YᵀY‖) with the mean over sequences taken off: what both do to every text
+    alike (format) does not count, unlike in drift_cosine. 0 for a drift that is constant.
+    """
+    states = _drifts(panel, region)
+    if any(state is not None and state.shape[1] < 2 for state in states):
+        return torch.full((panel.n, panel.n), torch.nan, dtype=torch.float64)
+    centred = [None if s is None else s - s.mean(1, keepdim=True) for s in states]
+
+    def cka(x: Tensor, y: Tensor) -> Tensor:
+        shared, own_x, own_y = (
+            (left.mT @ right).square().sum((-1, -2)) for left, right in ((x, y), (x, x), (y, y))
+        )
+        return ratio(shared, (own_x * own_y).sqrt(), 0.0).mean().clamp(0.0, 1.0)
+
+    return _pairwise(centred, cka)
+
+
+def kl_to_base(panel: Panel, region: str) -> Float[Tensor, " n"]:
+    """KL(p ‖ p_base) in nats, mean over positions."""
+    values = []
+    for probe in panel.probes:
+        if probe.drift is None:
+            values.append(torch.nan)
+        else:
+            p, q = aligned(listed(probe.drift), listed(probe.drift, base=True))
+            values.append(float(kl(p, q).mean()))
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def js_divergence(panel: Panel, region: str) -> Float[Tensor, "n n"]:
+    """Jensen-Shannon divergence of the two snapshots' predictions, mean over positions."""
+    _comparable(panel)
+    lists = [None if p.drift is None else listed(p.drift) for p in panel.probes]
+
+    def divergence(a: Listed, b: Listed) -> Tensor:
+        p, q = aligned(a, b)
+        middle = (p + q) / 2
+        return ((kl(p, middle) + kl(q, middle)) / 2).mean()
+
+    return _pairwise(lists, divergence)
+
+
+def js_to_kl(panel: Panel, region: str) -> Float[Tensor, "n n"]:
+    """JS(p_a, p_b) / min(KL(p_a ‖ p_0), KL(p_b ‖ p_0)): functional redundancy, low = redundant."""
+    moved = kl_to_base(panel, region)
+    moved = torch.where(moved < STILL, torch.nan, moved)
+    return js_divergence(panel, region) / torch.minimum(moved[:, None], moved[None, :])
+
+
+Listed = tuple[
+    Float[Tensor, "positions top"], Int[Tensor, "positions top"], Float[Tensor, " positions"]
+]
+
+
+def listed(drift: Drift, *, base: bool = False) -> Listed:
+    """(probabilities sorted by id, ids, tail mass)."""
+    prefix = "base_" if base else ""
+    logprob, index, tail = (
+        getattr(drift, f"{prefix}{field}") for field in ("logprob", "index", "tail")
+    )
+    ids, order = index.long().sort(dim=-1)
+    return logprob.double().gather(-1, order).exp(), ids, tail.double().exp()
+
+
+def aligned(
+    a: Listed, b: Listed
+) -> tuple[Float[Tensor, "positions buckets"], Float[Tensor, "positions buckets"]]:
+    """Two top-64 lists as distributions over the union of their ids and one bucket for the rest.
+
+    What a list says nothing about is only known to share its tail mass, and to be no likelier
+    than its least listed token. So its tail is spread evenly over the ids that only the other
+    list names and the rest, an id's part capped at the least listed probability. That is the
+    least surprising reading: divergences come out too small rather than too large.
+    """
+    in_b, from_b = _find(a[1], b[1])
+    in_a, _ = _find(b[1], a[1])
+    guess_a, rest_a = _spread(a, ~in_a)
+    guess_b, rest_b = _spread(b, ~in_b)
+    p_b = torch.where(in_b, b[0].gather(-1, from_b), guess_b[:, None])
+    only_b = torch.where(in_a, 0.0, b[0])
+    p = torch.cat([a[0], torch.where(in_a, 0.0, guess_a[:, None]), rest_a[:, None]], -1)
+    q = torch.cat([p_b, only_b, rest_b[:, None]], -1)
+    return p, q
+
+
+def _find(
+    ids: Int[Tensor, "positions one"], among: Int[Tensor, "positions two"]
+) -> tuple[Bool[Tensor, "positions one"], Int[Tensor, "positions one"]]:
+    """Whether each id stands in the other (sorted) list of its position, and where."""
+    place = torch.searchsorted(among, ids).clamp(max=among.shape[-1] - 1)
+    return among.gather(-1, place) == ids, place
+
+
+def _spread(
+    own: Listed, unknown: Bool[Tensor, "positions other"]
+) -> tuple[Float[Tensor, " positions"], Float[Tensor, " positions"]]:
+    """(probability given to each unknown id, what is left for the rest)."""
+    count = unknown.sum(-1)
+    guess = torch.minimum(own[2] / (count + 1), own[0].min(-1).values)
+    return guess, own[2] - count * guess
+
+
+def kl(
+    p: Float[Tensor, "positions buckets"], q: Float[Tensor, "positions buckets"]
+) -> Float[Tensor, " positions"]:
+    """Σ p log(p/q) in nats, with probabilities no smaller than FLOOR where p is not 0."""
+    terms = p * (p.clamp_min(FLOOR).log() - q.clamp_min(FLOOR).log())
+    return terms.sum(-1).clamp_min(0.0)
+
+
+def entropy(listed: Listed) -> Float[Tensor, " positions"]:
+    """Entropy in nats of a top-64 list, its tail as one bucket."""
+    whole = torch.cat([listed[0], listed[2][:, None]], -1)
+    return torch.special.entr(whole).sum(-1)
+
+
+def _drifts(panel: Panel, region: str) -> list[Float[Tensor, "layers sequences p"] | None]:
+    """Hidden drifts of a depth third ("all": every layer), the embedding output left out; None
+    where a probe has no drift, or the model no layer in that third."""
+    _comparable(panel)
+    found = []
+    for probe in panel.probes:
+        if probe.drift is None:
+            found.append(None)
+            continue
+        states = probe.drift.hidden.double()[1:]
+        third = torch.arange(len(states)) * 3 // len(states)
+        states = states if region == "all" else states[third == THIRDS.index(region)]
+        found.append(states if len(states) else None)
+    return found
+
+
+def _comparable(panel: Panel) -> None:
+    first = None
+    for probe in panel.probes:
+        if probe.drift is None:
+            continue
+        first = first or probe
+        assert first.drift is not None
+        for field in ("hidden", "base_index"):
+            one, two = (tuple(getattr(d, field).shape) for d in (first.drift, probe.drift))
+            if one != two:
+                raise ProbeError(
+                    f"the probe sets differ: {field} is {one} in '{first.name}' and {two} in "
+                    f"'{probe.name}'; capture both with one version of mergeprobe"
+                )
+
+
+def _pairwise(parts: list, function: Callable) -> Float[Tensor, "n n"]:
+    """A symmetric matrix of function(a, b); NaN where a part is missing (None)."""
+    n = len(parts)
+    out = torch.full((n, n), torch.nan, dtype=torch.float64)
+    for a in range(n):
+        for b in range(a, n):
+            if parts[a] is not None and parts[b] is not None:
+                out[a, b] = out[b, a] = function(parts[a], parts[b])
+    return out
