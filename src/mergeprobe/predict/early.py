@@ -1,0 +1,300 @@
+"""The model tier: snapshots scaled to their own best length, merged, and run on calibration items.
+
+At 5 % of training an update is tiny, and merging tiny updates looks harmless or even helpful: it
+acts like a bigger step. What matters shows when each snapshot is scaled to its own best length
+c* = argmin over c ∈ {1, 2, 4, … 32} of L(θ₀ + c ΔW) on its own calibration items; U = c* ΔW.
+Everything here is measured teacher-forced on adapter i's own items, at answer positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mergeprobe.adapters.attach import attached
+from mergeprobe.adapters.base import Base
+from mergeprobe.adapters.checkpoint import Adapter
+from mergeprobe.capture.batch import Batch, item_scores, takes_logits_to_keep
+from mergeprobe.capture.model import measuring
+from mergeprobe.capture.probe import Probe
+from mergeprobe.capture.recorder import record
+from mergeprobe.compose import merge
+from mergeprobe.errors import BaseModelError, NotForecastable
+
+LENGTHS = (1, 2, 4, 8, 16, 32)
+LATE = 28 / 30  # the depth at which "late" states are read
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """One run at its probe point, scaled. update: U = c* ΔW as an Adapter. base_loss, own_loss:
+    (items,) nats per token at θ₀ and θ₀ + U on its own calibration items."""
+
+    name: str
+    update: Adapter
+    batch: Batch
+    length: float
+    base_loss: Float[Tensor, " items"]
+    own_loss: Float[Tensor, " items"]
+
+    @property
+    def own_gain(self) -> float:
+        """[L(θ₀) − L(θ₀ + U)] / L(θ₀), relative: 1 is a perfect fit."""
+        return float((self.base_loss.mean() - self.own_loss.mean()) / self.base_loss.mean())
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """A model at one point on one batch, at answer positions. late, final: hidden states after
+    layer ⌊0.93 L⌉ and after the final norm; logprob: next-token log-probabilities; loss: nats."""
+
+    late: Float[Tensor, "tokens hidden"]
+    final: Float[Tensor, "tokens hidden"]
+    logprob: Float[Tensor, "tokens vocab"]
+    loss: float
+
+
+@dataclass
+class ModelTier:
+    """Runs the measurements it is asked for, once each, within a budget of forward passes.
+
+    budget: the most forward passes over a calibration batch (a backward counts as two); None for
+    no limit. `spent` says how many were made. Exceeding it raises NotForecastable.
+    """
+
+    base: Base
+    snapshots: dict[str, Snapshot]
+    budget: int | None = None
+    spent: int = 0
+    _states: dict[Any, State] = field(default_factory=dict)
+    _rows: dict[Any, dict[str, float]] = field(default_factory=dict)
+
+    def left(self) -> float:
+        return math.inf if self.budget is None else self.budget - self.spent
+
+    def spend(self, passes: int = 1) -> None:
+        if passes > self.left():
+            raise NotForecastable(
+                f"the budget of {self.budget} forward passes is used up; raise --budget"
+            )
+        self.spent += passes
+
+    def state(self, of: str, point: Any, update: Adapter | None, *, keep: bool = True) -> State:
+        """The model at θ₀ + update on `of`'s items; `point` names the update in the cache."""
+        key = (of, point)
+        if key not in self._states:
+            self.spend()
+            found = _state(self.base, self.snapshots[of].batch, update)
+            if not keep:
+                return found
+            self._states[key] = found
+        return self._states[key]
+
+    def set_features(self, name: str, group: Sequence[str], method: str = "sum") -> dict[str, float]:
+        """Every model-tier signal of adapter `name` inside `group` (itself included).
+
+        For a pair {i, j} these are the signals of SIGNALS.md. In a larger set the others act as
+        one: U_j becomes their sum. Columns are described in `EARLY_SIGNALS`; those that depend on
+        the merge carry its name (`..._sum`, `..._mean`).
+        """
+        others = tuple(sorted(set(group) - {name}))
+        key = (name, others, method)
+        if key not in self._rows:
+            self._rows[key] = self._measure(name, others, method)
+        return self._rows[key]
+
+    def _measure(self, name: str, others: tuple[str, ...], method: str) -> dict[str, float]:
+        own = self.snapshots[name]
+        zero = self.state(name, "base", None)
+        alone = self.state(name, "own", own.update)
+        updates = [self.snapshots[other].update for other in others]
+        theirs = updates[0] if len(updates) == 1 else merge(updates, "sum").adapter
+        other = self.state(name, ("others", others), theirs)
+        merged = self.state(
+            name, (method, others), merge([own.update, *updates], method).adapter, keep=False
+        )
+        step_late, step_final = _distance(alone.late, zero.late), _distance(alone.final, zero.final)
+        gain = max(zero.loss - alone.loss, 1e-9)
+        lengths = [self.snapshots[o].length for o in others]
+        return {
+            "own_gain": own.own_gain,
+            "log_c": math.log(own.length),
+            "log_c_ratio": sum(map(math.log, lengths)) / len(lengths) - math.log(own.length),
+            "disturbance_late": _distance(other.late, zero.late) / step_late,
+            "disturbance_final": _distance(other.final, zero.final) / step_final,
+            f"nonadditivity_{method}_late": _distance(merged.late, alone.late) / step_late,
+            f"nonadditivity_{method}_final": _distance(merged.final, alone.final) / step_final,
+            f"kl_merge_{method}": _kl(alone.logprob, merged.logprob),
+            "kl_base_other": _kl(zero.logprob, other.logprob),
+            "kl_own_other": _kl(alone.logprob, other.logprob),
+            "js_own_other": _js(alone.logprob, other.logprob),
+            "top1_disagreement": _disagree(zero.logprob, other.logprob),
+            f"early_retention_{method}": (zero.loss - merged.loss) / gain,
+            "early_transfer": (other.loss - zero.loss) / gain,
+        }
+
+    def early_retention(self, name: str, update: Adapter) -> float:
+        """(L(θ₀) − L(θ₀ + update)) / (L(θ₀) − L(θ₀ + U)) on `name`'s items, for any merge."""
+        own = self.snapshots[name]
+        self.spend()
+        with attached(self.base.model, update.modules):
+            loss = item_scores(self.base.model, own.batch).loss
+        base, alone = float(own.base_loss.mean()), float(own.own_loss.mean())
+        return (base - float(loss.mean())) / max(base - alone, 1e-9)
+
+    def joint_gradient_cosine(self, a: str, b: str) -> float:
+        """Cosine of the sketched full-weight gradients of a and b at θ₀ + U_a + U_b, in [−1, 1]."""
+        key = ("joint", *sorted((a, b)))
+        if key not in self._rows:
+            self.spend(6)
+            both = merge([self.snapshots[a].update, self.snapshots[b].update], "sum").adapter
+            model, found = self.base.model, []
+            modules = {name: model.get_submodule(name) for name in both.modules}
+            with measuring(model), attached(model, both.modules):
+                for name in (a, b):
+                    seen = record(model, modules, self.snapshots[name].batch, moments=False)
+                    found.append(_stack(seen.mean_gradient()))
+            cosine = nn.functional.cosine_similarity(found[0], found[1], dim=0)
+            self._rows[key] = {"cosine": float(cosine)}
+        return self._rows[key]["cosine"]
+
+
+EARLY_SIGNALS: dict[str, str] = {
+    "own_gain": "[L(θ₀) − L(θ₀+U_i)]/L(θ₀) on i's items; guard and baseline; ≤ 1",
+    "log_c": "log c*_i, natural; 0 to log 32",
+    "log_c_ratio": "mean over the others of log c*_j, minus log c*_i",
+    "disturbance_late": "‖h(θ₀+U_j) − h(θ₀)‖/‖h(θ₀+U_i) − h(θ₀)‖ after layer ⌊0.93 L⌉; ≥ 0",
+    "disturbance_final": "the same after the final norm",
+    "nonadditivity_<method>_late": "‖h(merged) − h(θ₀+U_i)‖/‖h(θ₀+U_i) − h(θ₀)‖; ≥ 0",
+    "nonadditivity_<method>_final": "the same after the final norm",
+    "kl_merge_<method>": "KL(p_i ‖ p_merged), nats per answer token",
+    "kl_base_other": "KL(p_0 ‖ p_j), nats per answer token",
+    "kl_own_other": "KL(p_i ‖ p_j), nats per answer token",
+    "js_own_other": "JS(p_i, p_j), nats per answer token; 0 to log 2",
+    "top1_disagreement": "share of answer tokens where p_0 and p_j have another first choice",
+    "early_retention_<method>": "gain retention of the snapshots' own merge; ≤ about 1",
+    "early_transfer": "[L_i(θ₀+U_j) − L_i(θ₀)] over i's own gain in nats; below 0 j helps i",
+    "joint_gradient_cosine": "cosine of G_i and G_j at θ₀ + U_i + U_j; −1 to 1",
+}
+
+
+def open_tier(
+    base: Base,
+    probes: Sequence[Probe],
+    *,
+    items: int = 16,
+    budget: int | None = None,
+    progress: Progress = lambda message: None,
+) -> ModelTier:
+    """Scales every probe's snapshot to its own best length c*. About five forward passes each.
+
+    items: calibration items used of each probe. Raises BaseModelError if a probe belongs to
+    another base, NotForecastable (naming it) if one holds no calibration items.
+    """
+    tier = ModelTier(base, {}, budget)
+    for probe in probes:
+        theirs = probe.meta.get("base_fingerprint")
+        if theirs and theirs != base.fingerprint:
+            raise BaseModelError(
+                f"probe '{probe.name}' was taken on base {theirs} ({probe.meta.get('base')}), "
+                f"but the base given is {base.fingerprint} ({base.name})"
+            )
+        progress(f"{probe.name}: finding its best length")
+        tier.snapshots[probe.name] = _scaled(tier, probe, calibration_batch(probe, items))
+    return tier
+
+
+def calibration_batch(probe: Probe, items: int) -> Batch:
+    kept = probe.calibration
+    if kept is None or kept.ids.shape[1] == 0:
+        raise NotForecastable(
+            f"probe '{probe.name}' holds no calibration items (store_text=False, or none were "
+            "given), so the model tier cannot run; use the file tier"
+        )
+    batch = Batch(kept.ids.long(), kept.attention_mask.long(), kept.completion_mask.long())
+    return batch.rows(0, min(items, len(batch)))
+
+
+def _scaled(tier: ModelTier, probe: Probe, batch: Batch) -> Snapshot:
+    """Tries c = 1, 2, 4, … and stops after the loss has risen: it is near convex along the ray."""
+    adapter = probe.to_adapter()
+    model = tier.base.model
+    tier.spend()
+    base_loss = item_scores(model, batch).loss
+    best, best_loss = 1.0, None
+    for length in LENGTHS:
+        tier.spend()
+        with attached(model, {m: u * length for m, u in adapter.modules.items()}):
+            loss = item_scores(model, batch).loss
+        if best_loss is None or float(loss.mean()) < float(best_loss.mean()):
+            best, best_loss = float(length), loss
+        else:
+            break
+    assert best_loss is not None
+    scaled = replace(adapter, modules={m: u * best for m, u in adapter.modules.items()})
+    return Snapshot(probe.name, scaled, batch, best, base_loss, best_loss)
+
+
+@torch.no_grad()
+def _state(base: Base, batch: Batch, update: Adapter | None) -> State:
+    model = base.model
+    batch = batch.to(base.device)
+    predicts = batch.completion_mask[:, 1:].bool()
+    needed = predicts.any(0).nonzero().squeeze(1)
+    kept = {"logits_to_keep": needed} if takes_logits_to_keep(model) else {}
+    with attached(model, update.modules if update else {}):
+        out = model(
+            input_ids=batch.ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            output_hidden_states=True,
+            **kept,
+        )
+    logits = out.logits if kept else out.logits[:, needed]
+    logprob = logits[predicts[:, needed]].float().log_softmax(-1)
+    targets = batch.ids[:, 1:][predicts]
+    layers = len(out.hidden_states) - 1
+    return State(
+        late=out.hidden_states[round(LATE * layers)][:, :-1][predicts].float(),
+        final=out.hidden_states[-1][:, :-1][predicts].float(),
+        logprob=logprob,
+        loss=_mean_item_loss(logprob, targets, predicts),
+    )
+
+
+def _mean_item_loss(logprob: Tensor, targets: Tensor, predicts: Tensor) -> float:
+    """Mean over items of the mean token loss, as item_scores counts it."""
+    picked = -logprob.gather(-1, targets[:, None]).squeeze(-1).double()
+    items = torch.arange(len(predicts), device=predicts.device)[:, None].expand_as(predicts)
+    total = torch.zeros(len(predicts), dtype=torch.float64, device=predicts.device)
+    total.index_add_(0, items[predicts], picked)
+    return float((total / predicts.sum(1)).mean())
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return max(float(torch.linalg.vector_norm(a - b)), 1e-9)
+
+
+def _kl(p: Tensor, q: Tensor) -> float:
+    """KL(p ‖ q) from log-probabilities, mean over tokens, nats."""
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def _js(p: Tensor, q: Tensor) -> float:
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return (_kl(p, middle) + _kl(q, middle)) / 2
+
+
+def _disagree(p: Tensor, q: Tensor) -> float:
+    return float((p.argmax(-1) != q.argmax(-1)).float().mean())
+
+
+def _stack(sketches: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([sketches[name].flatten() for name in sorted(sketches)])
