@@ -8,6 +8,7 @@ scaling; what cannot be expressed as ΔW = scaling · B A is refused by name.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ CARD_SCHEMA = 1
 PREFIX = "base_model.model."
 
 # inits that subtract the first B A from the base weights: the folder alone does not
-# hold the update, so reading it as ΔW = s B A would be silently wrong
+# hold the update, so reading it as ΔW = s B A would be silently wrong. Checked against PEFT
+# 0.21: eva, orthogonal, gaussian and mica (frozen B from the base, A = 0) leave the base alone.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PLACEMENT = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -81,19 +83,21 @@ def read_adapter(path: str | Path, *, name: str | None = None, strict: bool = Tr
         raise AdapterError(f"'{folder / CONFIG}' holds no JSON object")
     refuse_unreadable(config, folder)
     card = read_json(folder / CARD, AdapterError) if (folder / CARD).exists() else {}
+    if not isinstance(card, dict):
+        raise AdapterError(f"'{folder / CARD}' holds no JSON object")
     if card:
         check_schema(card.get("schema"), CARD_SCHEMA, f"'{folder / CARD}'", AdapterError)
-        if "weights_sha256" in card and (folder / WEIGHTS).exists():
-            if card["weights_sha256"] != sha256(folder / WEIGHTS):
-                raise AdapterError(
-                    f"'{folder / WEIGHTS}' does not match the checksum in {CARD}: "
-                    "the file is damaged or was changed; merge again"
-                )
+        recorded = card.get("weights_sha256")
+        if recorded and (folder / WEIGHTS).exists() and recorded != sha256(folder / WEIGHTS):
+            raise AdapterError(
+                f"'{folder / WEIGHTS}' does not match the checksum in {CARD}: "
+                "the file is damaged or was changed; merge again"
+            )
     modules = _modules(read_tensors(folder / WEIGHTS), config, folder)
     adapter = Adapter(
         name=name or folder.resolve().name,
         modules=modules,
-        base=config.get("base_model_name_or_path") or "",
+        base=str(config.get("base_model_name_or_path") or ""),
         fingerprint=card.get("base_fingerprint"),
         config=config,
         card=card,
@@ -137,6 +141,9 @@ def refuse_unreadable(config: dict[str, Any], folder: Path) -> None:
         "it adapts bare parameters (target_parameters)": config.get("target_parameters"),
         "it is QALoRA (use_qalora)": config.get("use_qalora"),
         "it is an activated LoRA (alora_invocation_tokens)": config.get("alora_invocation_tokens"),
+        "its factors are block-diagonal (use_bdlora)": config.get("use_bdlora"),
+        "it is KaSA (kasa_config): it truncated the base weights": config.get("kasa_config"),
+        "it routes among other adapters (arrow_config)": config.get("arrow_config"),
     }
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
@@ -159,14 +166,21 @@ def refuse_degenerate(adapter: Adapter) -> None:
                     f"'{adapter.name}' has NaN or infinite entries in lora_{side} of '{module}': "
                     "its training diverged; leave it out or train it again"
                 )
-        zero = zero and (not bool(update.B.any()) or not bool(update.A.any()))
+        zero = zero and is_zero(update)
     if zero:
         raise AdapterError(
             f"'{adapter.name}' is zero everywhere: it was never trained, or saved before training"
         )
 
 
-def _modules(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path) -> dict[str, LowRank]:
+def is_zero(update: LowRank) -> bool:
+    """Whether ΔW is zero because a factor or the scaling is: B = 0 is LoRA before training."""
+    return update.scaling == 0 or not bool(update.B.any()) or not bool(update.A.any())
+
+
+def _modules(
+    tensors: dict[str, Tensor], config: dict[str, Any], folder: Path
+) -> dict[str, LowRank]:
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight", key)
@@ -180,7 +194,13 @@ def _modules(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path) -
                 f"'{folder / WEIGHTS}': '{key}' is {tensor.dtype} {tuple(tensor.shape)}; "
                 "expected a floating (rows, columns) matrix (convolutions are refused)"
             )
-        sides.setdefault(match[1], {})[match[2]] = tensor
+        factors = sides.setdefault(match[1], {})
+        if match[2] in factors:
+            raise AdapterError(
+                f"'{folder / WEIGHTS}' holds lora_{match[2]} of '{match[1]}' twice, "
+                f"with and without the prefix '{PREFIX}'"
+            )
+        factors[match[2]] = tensor
     if not sides:
         raise AdapterError(f"'{folder / WEIGHTS}' holds no LoRA factors")
     modules = {}
@@ -189,35 +209,44 @@ def _modules(tensors: dict[str, Tensor], config: dict[str, Any], folder: Path) -
         if factors.keys() != {"A", "B"}:
             raise AdapterError(f"'{folder}': '{module}' has lora_{''.join(factors)} but not both")
         rank = factors["A"].shape[0]
-        if factors["B"].shape[1] != rank:
+        if rank == 0 or factors["B"].shape[1] != rank:
             raise AdapterError(
                 f"'{folder}': factors of '{module}' do not chain: "
                 f"B {tuple(factors['B'].shape)}, A {tuple(factors['A'].shape)}"
             )
-        said = _pattern(config.get("rank_pattern"), module, config.get("r"))
-        if said != rank:
-            raise AdapterError(
-                f"'{folder}': '{module}' has rank {rank} in the weights but {said} in {CONFIG}; "
-                "its scaling cannot be trusted"
-            )
-        alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-        if not isinstance(alpha, int | float):
-            raise AdapterError(f"'{folder / CONFIG}': lora_alpha is {alpha!r}; expected a number")
-        scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        scaling = _scaling(config, module, rank, folder)
         modules[module] = LowRank(factors["B"], factors["A"], scaling)
     return modules
 
 
+def _scaling(config: dict[str, Any], module: str, rank: int, folder: Path) -> float:
+    """alpha / r, or alpha / √r for rsLoRA, as the config and its patterns have it."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise AdapterError(f"'{folder / CONFIG}': {key} is {config[key]!r}; expected an object")
+    said = _pattern(config.get("rank_pattern"), module, config.get("r"))
+    if said != rank:
+        raise AdapterError(
+            f"'{folder}': '{module}' has rank {rank} in the weights but {said} in {CONFIG}; "
+            "its scaling cannot be trusted"
+        )
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise AdapterError(f"'{folder / CONFIG}': lora_alpha is {alpha!r}; expected a number")
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
 def _pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's own rule: the first key that matches the module name or a dotted suffix of it."""
+    """PEFT's own rule: the first key that matches the module name or a dotted suffix of it as a
+    regular expression; failing that, a key that is the name itself.
+    """
     for key, value in (pattern or {}).items():
         try:
-            hit = re.match(rf"(.*\.)?({key})$", module)
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
         except re.error:
-            hit = None
-        if hit or key == module:
-            return value
-    return default
+            continue
+    return (pattern or {}).get(module, default)
 
 
 def natural(text: str) -> list[tuple[int, int, str]]:
@@ -245,8 +274,14 @@ def write_adapter(
     tensors = {}
     for module, update in adapter.modules.items():
         out, into = pad(update, rank).folded()
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = into.to(dtype).contiguous().clone()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = out.to(dtype).contiguous().clone()
+        for side, factor in (("A", into), ("B", out)):
+            stored = factor.to(dtype).contiguous().clone()
+            if not bool(torch.isfinite(stored).all()):
+                raise AdapterError(
+                    f"lora_{side} of '{module}' in '{adapter.name}' overflows {dtype}; "
+                    "write it in float32"
+                )
+            tensors[f"{PREFIX}{module}.lora_{side}.weight"] = stored
     config = {
         "peft_type": "LORA",
         "task_type": adapter.config.get("task_type", "CAUSAL_LM"),
@@ -267,7 +302,9 @@ def write_adapter(
     config |= {key: adapter.config[key] for key in PLACEMENT if adapter.config.get(key)}
     with atomic_folder(path, force=force) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (folder / CONFIG).write_text(
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8"
+        )
         full_card = {
             "schema": CARD_SCHEMA,
             "made_by": MADE_BY,
@@ -314,13 +351,16 @@ def check_same_base(adapters: Sequence[Adapter]) -> str | None:
             f"'{one.name}' was trained on base {one.fingerprint} ({one.base or 'unnamed'}) but "
             f"'{two.name}' on {two.fingerprint} ({two.base or 'unnamed'}); merge only one base"
         )
-    named = {a.base: a for a in adapters if a.base and not a.fingerprint}
-    if len(named) > 1:
-        one, two = list(named.values())[:2]
-        raise AdapterMismatch(
-            f"'{one.name}' names base '{one.base}' but '{two.name}' names '{two.base}'; "
-            "merge only adapters of one base"
-        )
+    # a name says nothing where all carry a fingerprint: one base may lie in two folders
+    named = {a.base: a for a in adapters if a.base}
+    unverified = [a for a in adapters if a.base and not a.fingerprint]
+    for one in unverified:
+        for name, two in named.items():
+            if name != one.base and one.base not in {a.base for a in adapters if a.fingerprint}:
+                raise AdapterMismatch(
+                    f"'{one.name}' names base '{one.base}' but '{two.name}' names '{name}'; "
+                    "merge only adapters of one base"
+                )
     shapes: dict[str, Adapter] = {}
     for adapter in adapters:
         for module, update in adapter.modules.items():
