@@ -32,6 +32,14 @@ class DataError(MergeProbeError):
     """A data file with a bad row; the message has the line number."""
 
 
+class MergeError(MergeProbeError):
+    """A merge rule that does not exist, or was given parameters it cannot take."""
+
+
+class DeploymentError(MergeProbeError):
+    """A deployment folder that is damaged, or asked for an adapter it does not serve."""
+
+
 class OutputExists(MergeProbeError):
     """An output that is already there; `--force` (or `force=True`) replaces it."""
 

@@ -1,0 +1,173 @@
+"""Carrying out a plan: what each group says, and nothing that it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from mergeprobe.adapters.checkpoint import WEIGHTS, Adapter, check_same_base
+from mergeprobe.artefact import refuse_existing, sha256
+from mergeprobe.compose.deployment import (
+    CARD,
+    ROUTING,
+    Deployment,
+    Entry,
+    read_deployment,
+    write_deployment,
+    written_parameters,
+)
+from mergeprobe.compose.merge import Merged, check_options, merge
+from mergeprobe.compose.prune import prune
+from mergeprobe.errors import MergeError, PlanError
+from mergeprobe.plan import Action, Group, Plan, check_name
+
+
+def apply_plan(
+    plan: Plan, adapters: Mapping[str, Adapter], out: str | Path, *, force: bool = False
+) -> Deployment:
+    """Carries out `plan` and writes the deployment folder, whole or not at all.
+
+    adapters: by the names the plan uses; more than it names is fine. Raises PlanError if the plan
+    is for other adapters or asks for what is not built, OutputExists if `out` is there and not
+    `force`, and what `merge` raises. Returns the deployment as read back from `out`.
+    """
+    refuse_existing(out, force=force)
+    deployment = deployed(plan, adapters)
+    full = sum(written_parameters(adapters[ref.name]) for ref in plan.adapters)
+    write_deployment(deployment, out, full_routing=full, force=force)
+    return read_deployment(out)
+
+
+def deployed(plan: Plan, adapters: Mapping[str, Adapter]) -> Deployment:
+    """The deployment of `plan` in memory, the same updates that `apply_plan` writes.
+
+    Raises PlanError and what `merge` raises, as `apply_plan` does.
+    """
+    check_plan(plan, adapters)
+    fingerprint = check_same_base([adapters[ref.name] for ref in plan.adapters])
+    serving: dict[str, Adapter] = {}
+    entries: dict[str, Entry] = {}
+    folders: dict[str, Adapter] = {}
+    for group in plan.groups:
+        for folder, merged in CARRY_OUT[group.action](group, adapters).items():
+            _free(folder, folders, group)
+            folders[folder] = merged.adapter
+            certificate = merged.certificate
+            names = (folder,) if group.action is Action.route else group.adapters
+            for name in names:
+                serving[name] = merged.adapter
+                entries[name] = Entry(
+                    group.name, folder, group.action, group.method, certificate.total,
+                    certificate.worst,
+                )  # fmt: skip
+    bases = (a.base for a in folders.values() if a.base)
+    resident = sum(written_parameters(adapter) for adapter in folders.values())
+    return Deployment(next(bases, plan.base), fingerprint, plan.route, serving, entries, resident)
+
+
+def check_plan(plan: Plan, adapters: Mapping[str, Adapter]) -> None:
+    """Raises PlanError if the plan is for other adapters, or says what cannot be carried out."""
+    if plan.route.by != "name":
+        raise PlanError(
+            f"the plan routes by {plan.route.by}, which is not built yet; "
+            'use "route": {"by": "name"}, where the caller names the adapter'
+        )
+    if missing := [ref.name for ref in plan.adapters if ref.name not in adapters]:
+        raise PlanError(
+            f"the plan is for other adapters: {missing} are missing; given are {sorted(adapters)}"
+        )
+    for ref in plan.adapters:
+        if ref.weights_sha256 is not None:
+            _check_weights(ref.name, ref.weights_sha256, adapters[ref.name])
+        found = adapters[ref.name].fingerprint
+        if found and plan.base_fingerprint and found != plan.base_fingerprint:
+            raise PlanError(
+                f"the plan is for base {plan.base_fingerprint} but '{ref.name}' was trained on "
+                f"{found}; plan again"
+            )
+    for group in plan.groups:
+        _check_group(group)
+
+
+def _check_weights(name: str, planned: str, adapter: Adapter) -> None:
+    file = adapter.path / WEIGHTS if adapter.path else None
+    if file is None or not file.exists():
+        raise PlanError(
+            f"the plan ties '{name}' to weights {planned[:12]}…, but the adapter given has no "
+            f"{WEIGHTS} to check; read it from its folder or drop weights_sha256 from the plan"
+        )
+    found = sha256(file)
+    if found != planned:
+        raise PlanError(
+            f"the plan is for other weights of '{name}': planned {planned[:12]}…, "
+            f"'{file}' has {found[:12]}…; plan again"
+        )
+
+
+def _check_group(group: Group) -> None:
+    where = f"group '{group.name}'"
+    if group.action not in CARRY_OUT:
+        raise PlanError(
+            f"{where}: action '{group.action}' is not built yet; "
+            f"built are {', '.join(action.value for action in CARRY_OUT)}"
+        )
+    if group.pruned and group.action is not Action.prune:
+        raise PlanError(
+            f"{where} prunes components but its action is '{group.action}'; use action 'prune'"
+        )
+    if group.action is Action.route and (group.method or group.options or group.weights):
+        raise PlanError(
+            f"{where} routes, so nothing is merged: drop its method, options and weights"
+        )
+
+
+def _merge(group: Group, adapters: Mapping[str, Adapter]) -> dict[str, Merged]:
+    """One merged adapter for the group, after pruning where the group prunes."""
+    parts = [
+        prune(adapters[name], group.pruned[name]) if name in group.pruned else adapters[name]
+        for name in group.adapters
+    ]
+    weights = None if group.weights is None else [group.weights[name] for name in group.adapters]
+    assert group.method is not None  # the plan's own check
+    try:
+        check_options(group.method, group.options)
+        merged = merge(
+            parts,
+            group.method,
+            weights=weights,
+            rank=group.rank,
+            name=group.name,
+            **group.options,
+        )
+    except MergeError as problem:
+        raise PlanError(f"group '{group.name}': {problem}") from None
+    if group.pruned:
+        merged.adapter.card["pruned"] = {n: p.model_dump() for n, p in group.pruned.items()}
+    return {group.name: merged}
+
+
+def _route(group: Group, adapters: Mapping[str, Adapter]) -> dict[str, Merged]:
+    """Each adapter of the group for itself, at the group's rank where it has one."""
+    return {
+        name: merge([adapters[name]], "mean", rank=group.rank, name=name) for name in group.adapters
+    }
+
+
+# the actions that are built, and what carries them out: -> folder name -> what it holds
+CARRY_OUT: dict[Action, Callable[[Group, Mapping[str, Adapter]], dict[str, Merged]]] = {
+    Action.merge: _merge,
+    Action.reweight: _merge,
+    Action.prune: _merge,
+    Action.route: _route,
+}
+
+
+def _free(folder: str, taken: Mapping[str, Adapter], group: Group) -> None:
+    check_name(folder)
+    # some file systems do not tell 'A' from 'a'
+    used = {name.lower() for name in (*taken, ROUTING, CARD)}
+    if folder.lower() in used:
+        raise PlanError(
+            f"group '{group.name}' would be written to '{folder}', which is taken already; "
+            "rename the group"
+        )

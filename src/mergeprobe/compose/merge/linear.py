@@ -1,0 +1,52 @@
+"""Rules that scale and add updates: exact in factored form, so nothing dense is formed.
+
+Every rule here takes one module's updates, one per adapter (rank 0 for an adapter that lacks the
+module), and a weight for each, and returns the exact merge of rank Σ rᵢ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mergeprobe.errors import MergeError
+from mergeprobe.lowrank import LowRank, concat, norm
+
+
+def linear(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """Σ wᵢ ΔWᵢ, the weights taken as they are (they need not sum to 1).
+
+    Never the product of averaged factors, (Σ wᵢBᵢ)(Σ wᵢAᵢ): its cross terms BᵢAⱼ cost a relative
+    error of about √(N − 1) for N independent adapters.
+    """
+    return concat(updates, weights)
+
+
+def total(updates: Sequence[LowRank], weights: Sequence[float], *, scale: float = 1.0) -> LowRank:
+    """Task arithmetic: scale · Σ wᵢ ΔWᵢ, with every wᵢ = 1 unless given.
+
+    Source: arXiv:2212.04089, whose λ is `scale`; the paper searches λ in 0.3…1.
+    """
+    if not math.isfinite(scale):
+        raise MergeError(f"scale is {scale}; expected a finite number, such as 0.3 to 1")
+    return concat(updates, [scale * weight for weight in weights])
+
+
+def norm_preserving_mean(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """The mean, stretched to the mean of the norms: M · (Σ|wᵢ|‖ΔWᵢ‖ / Σ|wᵢ|) / ‖M‖, M = Σ wᵢ ΔWᵢ.
+
+    A mean of N independent updates is √N too short; this undoes only that. Per module; only the
+    ratios of the weights matter. Where the updates cancel to zero there is no direction to
+    stretch, and the merge is zero. The baseline that SLERP and its kin have to beat.
+    """
+    merged = concat(updates, weights)
+    length = norm(merged)
+    mass = sum(abs(weight) for weight in weights)
+    # rounding leaves cancelled updates a little above zero: noise must not be stretched
+    longest = max(
+        abs(weight) * norm(update) for update, weight in zip(updates, weights, strict=True)
+    )
+    if length <= 1e-6 * longest or mass == 0:
+        return merged * 0.0
+    target = sum(abs(w) * norm(update) for update, w in zip(updates, weights, strict=True)) / mass
+    return merged * (target / length)
