@@ -78,7 +78,7 @@ def test_plan_only_page_forecasts_without_claiming_a_measurement():
     assert "5 adapters → 3 groups: 0.91 worst-case retention forecast with 60 %" in said
     assert "measured retention" not in sentence(ReportData(title="plan", plan=sample_plan()))
     assert section_titles(page) == [
-        "Forecast against measured",
+        "Forecast",
         "The plan",
         "The frontier",
         "Provenance and notes",
@@ -161,7 +161,7 @@ def test_every_table_number_is_on_the_page():
 
 def test_the_chosen_row_and_the_best_of_each_column_are_marked():
     page = render(full_data())
-    table = re.search(r'<table class="strategies">.*?</table>', page, re.S)[0]
+    table = re.search(r'<table class="strategies stacked">.*?</table>', page, re.S)[0]
     rows = re.findall(r"<tr class=.*?</tr>", table, re.S)
     # full routing has the best mean and worst case; five one-adapter merges share the best cost
     assert [row.count('class="best"') for row in rows] == [1, 1, 1, 1, 1, 0, 0, 2]
@@ -298,7 +298,9 @@ def test_unknown_numbers_are_dashes_not_nan():
     row = AdapterRow(name="weak", gain=0.02, measured=float("nan"), forecast=0.9, low=0.1, high=1.2)
     rows = (StrategyRow(name="mean", mean_retention=math.inf, worst_retention=None),)
     pairs = (PairValues(name="p", values={"weak|b": math.nan, "b|weak": 0.5}),)
-    page = render(ReportData(title="t", adapters=(row,), strategies=rows, pair_values=pairs))
+    known = AdapterRow(name="b", forecast=0.9, measured=0.8)
+    data = ReportData(title="t", adapters=(row, known), strategies=rows, pair_values=pairs)
+    page = render(data)
     assert not re.search(r"\bnan\b", words_of(page), re.I)
     assert "inf " not in words_of(page)
     assert charts_of(page)["pairs"][0]["grid"] == [[None, None], [0.5, None]]

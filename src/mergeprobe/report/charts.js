@@ -111,7 +111,8 @@ function labels(box, points, range) {
 
 function frontier() {
   if (!document.getElementById("chart-frontier")) return;
-  const { measured, forecast } = DATA.frontier, floor = -0.5;
+  const { measured, forecast } = DATA.frontier;
+  const floor = 0; // below it is worse than the base model: how much worse would only hide the rest
   const y = (p) => Math.max(p.y, floor);
   const hover = (p, kind) => `<b>${plain(p.label)}</b><br>worst case ${fixed(p.y)} ${kind}`
     + (known(p.mean) ? `<br>mean ${fixed(p.mean)}` : "")
@@ -143,16 +144,27 @@ function frontier() {
       showarrow: false, text: `asked for: ${fixed(DATA.floor)}`,
       font: { color: css("--good"), size: 12 } });
   }
+  if (sunk) {
+    annotations.push({ xref: "paper", x: 1, xanchor: "right", y: floor, yanchor: "bottom", yshift: 6,
+      showarrow: false, text: `▼ below 0: ${sunk}`, font: { color: css("--muted"), size: 12 } });
+  }
   draw("frontier", traces, { shapes, annotations, showlegend: true,
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     margin: { l: 56, r: 14, t: narrow() ? 64 : 36, b: 50 },
     xaxis: { range: [0, right], tickformat: "~s", nticks: narrow() ? 5 : 9,
       title: { text: "resident parameters", standoff: 10 } },
-    yaxis: { range: bounds(ys, 0.08), title: { standoff: 10,
-      text: "worst-case retention" + (sunk ? ` (${sunk} below ${fixed(floor, 1)})` : "") } } });
+    yaxis: { range: bounds(ys, 0.08), title: { text: "worst-case retention", standoff: 10 } } });
 }
 
 // -- training curves ----------------------------------------------------------------------------
+
+// a probe may fall between two logged steps: the mark then sits on the line between them
+function heightAt(line, step) {
+  const after = line.x.findIndex((x) => x >= step);
+  if (after <= 0) return line.y[after === 0 ? 0 : line.y.length - 1];
+  const [x0, x1] = [line.x[after - 1], line.x[after]], [y0, y1] = [line.y[after - 1], line.y[after]];
+  return known(y0) && known(y1) ? y0 + (y1 - y0) * (step - x0) / (x1 - x0) : y1 ?? y0;
+}
 
 function curves() {
   if (!document.getElementById("chart-curves")) return;
@@ -163,10 +175,7 @@ function curves() {
       legendgroup: line.name, line: { color: tone, width: 2 },
       hovertemplate: `${plain(line.name)}: %{y:.2f} at step %{x}<extra></extra>` });
     if (!known(probe)) continue;
-    // the probe may fall between two logged steps: the nearest logged one carries the mark
-    const at = line.x.reduce((best, x, i) =>
-      Math.abs(x - probe) < Math.abs(line.x[best] - probe) ? i : best, 0);
-    traces.push({ x: [probe], y: [line.y[at]], type: "scatter", mode: "markers",
+    traces.push({ x: [probe], y: [heightAt(line, probe)], type: "scatter", mode: "markers",
       legendgroup: line.name, showlegend: false,
       marker: { color: tone, size: 11, symbol: SYMBOLS[line.index % 8],
         line: { color: css("--paper"), width: 1.5 } },

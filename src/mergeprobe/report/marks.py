@@ -37,7 +37,7 @@ def retention_axis(data: ReportData) -> Axis:
     values = [row.measured for row in data.adapters]
     values += [value for triple in forecasts(data).values() for value in triple]
     known = [value for value in values if value is not None]
-    return Axis(max(-0.5, min([0.5, *known]) - 0.05), min(2.0, max([1.0, *known]) + 0.05))
+    return Axis(max(-0.5, min([0.75, *known]) - 0.05), min(2.0, max([1.0, *known]) + 0.05))
 
 
 def mark(index: int) -> str:

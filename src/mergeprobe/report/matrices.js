@@ -16,7 +16,7 @@ function inkOn(background) {
   const light = background.map((v) => v / 255)
     .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
   const luminance = 0.2126 * light[0] + 0.7152 * light[1] + 0.0722 * light[2];
-  return luminance > 0.19 ? "#14181d" : "#ffffff";
+  return luminance > 0.179 ? "#000000" : "#ffffff"; // at least 4.5 : 1 on any tint
 }
 
 // How a set of values is coloured: {place: value -> [-1, 1], low, high, diverging}
@@ -100,9 +100,12 @@ function legend(scale, digits, unit) {
 }
 
 function pairs() {
-  const box = document.getElementById("pairs");
+  for (const at of [0, 1]) showPair(document.getElementById("pairs-" + at),
+    document.getElementById("switch-pairs-" + at));
+}
+
+function showPair(box, select) {
   if (!box) return;
-  const select = document.getElementById("switch-pairs");
   const choice = DATA.pairs[select.selectedIndex];
   const scroll = element("div", undefined, "scroll");
   const [table, scale] = matrix(choice);
@@ -146,15 +149,16 @@ function layers() {
     ends.push([i / 20, `rgb(${tint(scale.place(value))})`]);
   }
   const box = document.getElementById("chart-layers");
-  box.style.height = Math.max(190, 96 + grid.length * (narrow() ? 22 : 26)) + "px";
+  box.style.height = Math.max(190, 110 + grid.length * (narrow() ? 22 : 26)) + "px";
   draw("layers", [{ type: "heatmap", x: steps, y: grid.map((_, i) => i), z, colorscale: ends,
     zmin: scale.low, zmax: scale.high, xgap: 1, ygap: 2, text: grid.map((row) =>
       steps.map(() => plain(row.name))),
     hovertemplate: "%{text}<br>layer %{x}: %{z:.3g}<extra></extra>",
-    colorbar: { thickness: 10, len: 1, outlinewidth: 0, tickfont: { color: css("--muted") },
-      nticks: 5 } }], {
-    margin: { l: 20, r: 10, t: 8, b: 46 },
-    xaxis: { title: { text: "layer", standoff: 8 }, showgrid: false, nticks: narrow() ? 6 : 16 },
+    colorbar: { orientation: "h", thickness: 10, len: narrow() ? 0.6 : 0.3, lenmode: "fraction",
+      x: 1, xanchor: "right", y: 1, yanchor: "bottom", ypad: 4, outlinewidth: 0, nticks: narrow() ? 3 : 5,
+      tickfont: { color: css("--muted") } } }], {
+    margin: { l: 20, r: 14, t: 40, b: 54 },
+    xaxis: { title: { text: "layer", standoff: 14 }, showgrid: false, nticks: narrow() ? 6 : 16 },
     yaxis: { showgrid: false, tickvals: grid.map((_, i) => i), ticks: "",
       ticktext: grid.map((row) => plain(row.name)), tickfont: { size: narrow() ? 11 : 13 } } });
 }
@@ -172,7 +176,11 @@ function drawAll() {
   for (const part of [scatter, pairs, frontier, layers, curves]) part();
 }
 
-fill("pairs", DATA.pairs.map((choice) => choice.label), pairs);
+for (const at of [0, 1]) {
+  fill("pairs-" + at, DATA.pairs.map((choice) => choice.label), pairs);
+  const select = document.getElementById("switch-pairs-" + at);
+  if (select) select.selectedIndex = at; // the second starts on the second matrix
+}
 fill("layers", layerChoices().map((ends) => ends ? `${ends[0]} → ${ends[1]}, by kind of module`
   : `all pairs: ${DATA.layersLabel}`), layers);
 drawAll();

@@ -100,17 +100,23 @@ def _header(data: ReportData) -> str:
     signs = {"right": "✓", "wrong": "✗", "even": "≈"}
     checks = "".join(
         f'<li class="{item.outcome}"><b aria-label="{item.outcome}">{signs[item.outcome]}</b>'
-        f"<span>{text(item.words)}</span></li>"
+        f"<span>{_unbroken(item.words)}</span></li>"
         for item in verdicts(data)
     )
     terms = "".join(f"<dt>{term}</dt><dd>{meaning}</dd>" for term, meaning in TERMS.items())
     return (
-        f"<header><p class='kicker'>{text(data.title)}</p><h1>{text(sentence(data))}</h1>"
+        f"<header><p class='kicker'>{text(data.title)}</p><h1>{_unbroken(sentence(data))}</h1>"
         f"{subtitle}{base}{_tiles(data)}"
         + (f'<ul class="verdicts">{checks}</ul>' if checks else "")
-        + f'<details class="terms"><summary>What the words mean</summary><dl>{terms}</dl></details>'
-        "</header>"
+        + '<details class="terms" open><summary>What the words mean</summary>'
+        f"<dl>{terms}</dl></details></header>"
     )
+
+
+def _unbroken(words: str) -> str:
+    """Escaped, with no line break inside "0.94 ± 0.02", "60 %" or "worst-case"."""
+    whole = text(words).replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
+    return whole.replace("worst-case", '<span class="whole">worst-case</span>')
 
 
 def _tiles(data: ReportData) -> str:
@@ -140,7 +146,8 @@ def _tiles(data: ReportData) -> str:
 
 
 def _section(item: Section) -> str:
-    lead = f'<p class="lead">{item.lead}</p>' if item.lead else ""
+    words = item.lead.replace(" %", "\u00a0%")
+    lead = f'<p class="lead">{words}</p>' if words else ""
     return f'<section id="{item.key}"><h2>{item.title}</h2>{lead}{item.body}</section>'
 
 
@@ -160,7 +167,12 @@ def _switch(key: str, label: str) -> str:
 def _sections(data: ReportData, charts: dict) -> list[Section]:
     table = forecast_table(data)
     scatter = _chart("scatter", charts["scatter"], "Forecast against measured retention", "square")
-    pairs = _switch("pairs", "Show") + '<div id="pairs"></div>' if charts["pairs"] else ""
+    pairs = "".join(
+        f'<div>{_switch(f"pairs-{at}", word)}<div id="pairs-{at}"></div></div>'
+        for at, word in zip(range(len(charts["pairs"])), ("Show", "Beside it"), strict=False)
+    )
+    many = "many" if len(charts["names"]) > 6 else ""
+    measured = any(row.measured is not None for row in data.adapters)
     frontier = _chart("frontier", any(charts["frontier"].values()), "Worst case against parameters")
     layers = _chart("layers", charts["layers"], "Interference by layer")
     return [
@@ -174,8 +186,9 @@ def _sections(data: ReportData, charts: dict) -> list[Section]:
         ),
         Section(
             "forecast",
-            "Forecast against measured",
-            "What was expected of each adapter in its group, and what came out."
+            "Forecast against measured" if measured else "Forecast",
+            "What was expected of each adapter in its group"
+            + (", and what came out." if measured else "; nothing is measured yet.")
             + (
                 " On the diagonal the forecast was exact; bars across are 90 % intervals, bars "
                 "upright one standard error."
@@ -196,7 +209,7 @@ def _sections(data: ReportData, charts: dict) -> list[Section]:
             "pairs-section",
             "Pairs",
             "Row: the adapter that acts; column: the adapter it acts on.",
-            pairs,
+            pairs and f'<div class="matrices {many}">{pairs}</div>',
         ),
         Section(
             "frontier",
@@ -208,7 +221,7 @@ def _sections(data: ReportData, charts: dict) -> list[Section]:
         Section(
             "layers",
             "Interference by layer",
-            "Where in the model one adapter's update disturbs another's; deeper colour is more.",
+            "Where in the model one adapter's update disturbs another's; stronger colour is more.",
             _switch("layers", "Show") + layers if layers else "",
         ),
         Section(

@@ -95,8 +95,8 @@ def _deployed(group: Group) -> str:
     facts = [("method", group.method or ""), ("options", options)]
     if group.action is not Action.route:
         facts.append(("rank", "exact (sum of ranks)" if group.rank is None else str(group.rank)))
-    elif group.rank is not None:
-        facts.append(("rank", str(group.rank)))
+    else:
+        facts.append(("rank", "as trained" if group.rank is None else str(group.rank)))
     if group.resident_parameters is not None:
         facts.append(("resident", parameters(group.resident_parameters)))
     return "".join(f"<span><i>{label}</i> {text(value)}</span>" for label, value in facts if value)

@@ -43,7 +43,8 @@ def strategies(data: ReportData) -> str:
     said = data.strategies_caption
     caption = f'<p class="caption">{text(said)}</p>' if said else ""
     return (
-        '<div class="scroll"><table class="strategies"><thead><tr><th scope="col">Strategy</th>'
+        '<div class="scroll"><table class="strategies stacked"><thead><tr>'
+        '<th scope="col">Strategy</th>'
         '<th scope="col" class="n">Mean retention</th>'
         '<th scope="col" class="n">Worst-case retention</th>'
         '<th scope="col" class="n">Resident parameters</th></tr></thead>'
@@ -81,67 +82,68 @@ def _strategy(row: StrategyRow, best: dict[str, float | int | None], full: int |
 
 
 def forecast_table(data: ReportData) -> str:
-    """Per adapter: the interval as a line, and the numbers."""
-    known, names, axis = forecasts(data), adapter_names(data), retention_axis(data)
+    """Per adapter: the interval as a line, and the numbers; measured ones if there are any."""
+    known, axis = forecasts(data), retention_axis(data)
     rows = {row.name: row for row in data.adapters}
-    shown = [name for name in names if name in known or _measured(rows.get(name))]
-    if not shown:
+    names = [n for n in adapter_names(data) if n in known or _measured(rows.get(n))]
+    if not names:
         return ""
-    missed = inside(data)[1]
-    body = ""
-    for name in shown:
-        row, value = rows.get(name, AdapterRow(name=name)), known.get(name)
-        out = ' <span class="pill warn">outside</span>' if name in missed else ""
-        index = names.index(name)
-        span = interval(*value[1:]) if value else ""
-        body += (
-            f'<tr><th scope="row">{adapter_label(name, index)}</th>'
-            f'<td class="linecell">{interval_line(axis, index, value, row.measured)}</td>'
-            f'<td class="n">{number(value[0]) if value else DASH}'
-            f'<span class="note">{span}</span></td>'
-            f'<td class="n">{with_error(row.measured, row.measured_se)}'
-            f'<span class="note">{_beside(row)}</span>{out}</td></tr>'
-        )
+    body = "".join(_forecast(rows.get(name, AdapterRow(name=name)), data) for name in names)
+    last = '<th scope="col" class="n">Measured</th>' if _anything(data) else ""
     return (
-        '<div class="scroll"><table class="forecasts"><thead><tr><th scope="col">Adapter</th>'
-        f'<th scope="col" class="linecell"><span class="ends"><span>{number(axis.low)}</span>'
-        f"<span>retention</span><span>{number(axis.high)}</span></span></th>"
-        '<th scope="col" class="n">Forecast</th><th scope="col" class="n">Measured</th>'
-        f"</tr></thead><tbody>{body}</tbody></table></div>{_key(data)}"
+        '<div class="scroll"><table class="forecasts stacked"><thead><tr><th scope="col">Adapter'
+        '</th><th scope="col" class="linecell"><span class="ends">'
+        f"<span>{number(axis.low)}</span><span>retention</span><span>{number(axis.high)}</span>"
+        f'</span></th><th scope="col" class="n">Forecast</th>{last}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>{_key(data)}"
     )
+
+
+def _forecast(row: AdapterRow, data: ReportData) -> str:
+    value, index = forecasts(data).get(row.name), adapter_names(data).index(row.name)
+    out = '<span class="pill warn">outside</span>' if row.name in inside(data)[1] else ""
+    gain = f"gain {number(row.gain)} nats" if row.gain is not None else ""
+    ratio = f"ratio {number(row.ratio_retention)}" if row.ratio_retention is not None else ""
+    cells = (
+        f'<th scope="row">{adapter_label(row.name, index)}<span class="note">{gain}</span></th>'
+        f'<td class="linecell">'
+        f"{interval_line(retention_axis(data), index, value, row.measured)}</td>"
+        f'<td class="n" data-label="forecast">{number(value[0]) if value else DASH}'
+        f'<span class="note">{interval(*value[1:]) if value else ""}</span></td>'
+    )
+    if _anything(data):
+        cells += (
+            f'<td class="n" data-label="measured">{with_error(row.measured, row.measured_se)}'
+            f'<span class="note">{ratio}</span>{out}</td>'
+        )
+    return f"<tr>{cells}</tr>"
+
+
+def _anything(data: ReportData) -> bool:
+    return any(_measured(row) for row in data.adapters)
 
 
 def _measured(row: AdapterRow | None) -> bool:
     return row is not None and row.measured is not None
 
 
-def _beside(row: AdapterRow) -> str:
-    parts = [f"gain {number(row.gain)} nats"] if row.gain is not None else []
-    parts += [f"ratio {number(row.ratio_retention)}"] if row.ratio_retention is not None else []
-    return ", ".join(parts)
-
-
 def _key(data: ReportData) -> str:
-    band = "Band: 90 % forecast interval. Tick: forecast. Diamond: measured. Thin line: 1."
-    ratio = (
-        " Ratio: merged over single utility, the other definition of retention."
-        if any(row.ratio_retention is not None for row in data.adapters)
-        else ""
-    )
-    dash = (
-        " A dash: not measured, or undefined because the gain is within its own noise."
-        if any(row.measured is None for row in data.adapters)
-        else ""
-    )
-    return f'<p class="caption">{band}{ratio}{dash}</p>'
+    words = "Band: 90 % forecast interval. Tick: forecast. Thin line: 1."
+    if _anything(data):
+        words = words.replace("forecast. Thin", "forecast. Diamond: measured. Thin")
+        if any(row.ratio_retention is not None for row in data.adapters):
+            words += " Ratio: merged over single utility, the other definition of retention."
+        if not all(_measured(row) for row in data.adapters):
+            words += " A dash: not measured, or undefined because the gain is within its own noise."
+    return f'<p class="caption">{words}</p>'
 
 
 def calibration_warning(data: ReportData) -> str:
     if not uncalibrated(data):
         return ""
     return (
-        '<p class="callout"><strong>Uncalibrated forecast.</strong> The 90 % intervals come from '
-        "residuals on other runs; whether they cover 90 % of unseen tasks has not been checked.</p>"
+        '<p class="callout"><strong>Uncalibrated forecast.</strong> Nobody has checked on unseen '
+        "tasks whether the 90 % intervals hold nine times in ten.</p>"
     )
 
 
