@@ -48,7 +48,7 @@ def local_search(options: Options, count: int, *, thorough: bool = True) -> Solv
     Merges the two groups that cost least to merge until no merge is possible, takes the best
     partition on that way, then the best merge, move, swap or split until none helps; `thorough`
     also breaks up every two groups and starts again from there (on random sets of ten it then
-    misses the optimum in about 6 %, by one group). Not looked at: sets with a pair that
+    misses the optimum about once in ten, by one group). Not looked at: sets with a pair that
     already falls short by itself (a third adapter seldom heals a conflict between two), and
     splits of groups above six other than one member leaving.
     """
