@@ -31,6 +31,6 @@ def projection(module: str, side: str, size: int, k: int = SKETCH_SIZE) -> Float
 def sketch_update(module: str, update: LowRank, k: int = SKETCH_SIZE) -> Float[Tensor, "k k"]:
     """R_outᵀ ΔW R_in, from the factors."""
     out, into = update.folded()
-    left = projection(module, "out", update.shape[0], k).to(out.device).T @ out
-    right = into @ projection(module, "in", update.shape[1], k).to(out.device)
+    left = projection(module, "out", update.shape[0], k).to(out).T @ out
+    right = into @ projection(module, "in", update.shape[1], k).to(into)
     return left @ right

@@ -95,17 +95,10 @@ def _seen(
 
     places: of the updates within the site; all of them by default.
     """
-    vectors = site.left if part == "outputs" else site.right
-    vectors = vectors if places is None else vectors[places]
-    count, size, r = vectors.shape
-    moments = [getattr(site.probes[i], part)[site.module] for i in who]
-    q = max(moment.factor.shape[1] for moment in moments)
-    factors = torch.zeros(len(who), q, size, dtype=torch.float64)
-    for row, moment in enumerate(moments):
-        factors[row, : moment.factor.shape[1]] = moment.factor.detach().double().cpu().T
-    seen = factors.flatten(0, 1) @ vectors.permute(1, 0, 2).reshape(size, count * r)
-    tails = torch.tensor([moment.tail for moment in moments], dtype=torch.float64)
-    return seen.reshape(len(who), q, count, r), tails
+    holders, seen, tails = site.seen_left if part == "outputs" else site.seen_right
+    rows = [holders.index(i) for i in who]
+    seen = seen[rows]
+    return (seen if places is None else seen[:, :, places]), tails[rows]
 
 
 def _forms(site: Site, who: list[int], places: list[int]) -> Float[Tensor, "i c c"]:

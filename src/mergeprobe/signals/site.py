@@ -20,6 +20,9 @@ from mergeprobe.capture.probe import Probe
 # factors, not directions of the update
 ROUNDING = 1e-6
 
+# (indices of the probes with the moment F Fᵀ + tail, Fᵀ vectors for each, the tails)
+Seen = tuple[list[int], Float[Tensor, "i q p r"], Float[Tensor, " i"]]
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -45,8 +48,9 @@ class Site:
         left = torch.zeros(len(updates), out, width, dtype=torch.float64)
         right = torch.zeros(len(updates), into, width, dtype=torch.float64)
         for row, update in enumerate(updates):
-            left[row, :, : update.r] = update.scaling * update.B.detach().double().cpu()
-            right[row, :, : update.r] = update.A.detach().double().cpu().T
+            left[row, :, : update.r] = update.B.detach()
+            right[row, :, : update.r] = update.A.detach().T
+            left[row] *= update.scaling
         q_out, r_out = torch.linalg.qr(left)
         q_in, r_in = torch.linalg.qr(right)
         u, sigma, vh = torch.linalg.svd(r_out @ r_in.mT, full_matrices=False)
@@ -79,6 +83,28 @@ class Site:
     def joint(self) -> Float[Tensor, "p p r r"]:
         """σ_ak σ_bl for every a, b, k, l."""
         return self.sigma[:, None, :, None] * self.sigma[None, :, None, :]
+
+    @cached_property
+    def seen_left(self) -> Seen:
+        """The updates' output directions through every output moment."""
+        return self._seen("outputs", self.left)
+
+    @cached_property
+    def seen_right(self) -> Seen:
+        """The updates' input directions through every input moment."""
+        return self._seen("inputs", self.right)
+
+    def _seen(self, part: str, vectors: Float[Tensor, "p size r"]) -> Seen:
+        holders = self.rows(part)
+        moments = [getattr(self.probes[i], part)[self.module] for i in holders]
+        count, size, r = vectors.shape
+        q = max((moment.factor.shape[1] for moment in moments), default=0)
+        factors = torch.zeros(len(holders), q, size, dtype=torch.float64)
+        for row, moment in enumerate(moments):
+            factors[row, : moment.factor.shape[1]] = moment.factor.detach().T
+        flat = factors.flatten(0, 1) @ vectors.permute(1, 0, 2).reshape(size, count * r)
+        tails = torch.tensor([moment.tail for moment in moments], dtype=torch.float64)
+        return holders, flat.reshape(len(holders), q, count, r), tails
 
     def each(self, values: Float[Tensor, " p"]) -> Float[Tensor, " n"]:
         """One value an adapter, NaN for those that do not adapt the module."""

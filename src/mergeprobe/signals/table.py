@@ -38,7 +38,7 @@ class Signal:
     family: str
     kind: Literal["pair", "adapter", "set"]
     unit: str
-    range: tuple[float | None, float | None]
+    range: tuple[float | int | None, float | int | None]
     symmetric: bool
     needs: tuple[str, ...]
     source: str
@@ -249,7 +249,8 @@ keeps the two in step.
 A signal is null where a probe lacks what it needs, never a guess: a finished adapter has only
 `updates`. *Also by*: further columns `name_early`, `name_middle`, `name_late` (thirds of the
 depth), `name_attention`, `name_mlp` (kinds of module) and `name_max` (largest over modules).
-A module that only one adapter changes counts in that adapter's norm; a region where an adapter
-changes nothing gives null. Set rows also carry the sum, the largest and the smallest of every
-pair signal over the other members j (value of j → i): `name_sum`, `name_most`, `name_least`.
+A module that only one adapter changes counts in that adapter's norm. A region where either changes
+nothing gives null, but what an absent a does to b (interference, E, transfer) is 0. Set rows also
+carry the sum, the largest and the smallest of every pair signal over the other members j (value
+of j → i): `name_sum`, `name_most`, `name_least`.
 """
