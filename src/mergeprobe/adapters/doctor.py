@@ -275,11 +275,14 @@ def _groups(adapters: Sequence[Adapter], pairs: list[Pair]) -> list[list[str]]:
 
 
 def _faults(adapter: Adapter, module: str) -> list[Fault]:
-    update, found = adapter.modules[module], []
-    for side, factor in (("A", update.A), ("B", update.B)):
-        for kind, mask in (("nan", factor.isnan()), ("infinite", factor.isinf())):
-            if count := int(mask.sum()):
-                found.append(Fault(module, side, kind, count))
+    update = adapter.modules[module]
+    found = [
+        Fault(module, "A", "nan", int(update.A.isnan().sum())),
+        Fault(module, "A", "infinite", int(update.A.isinf().sum())),
+        Fault(module, "B", "nan", int(update.B.isnan().sum())),
+        Fault(module, "B", "infinite", int(update.B.isinf().sum())),
+    ]
+    found = [fault for fault in found if fault.count]
     if not found and is_zero(update):
         found.append(Fault(module, "BA", "zero", update.shape[0] * update.shape[1]))
     return found

@@ -18,7 +18,8 @@ from mergeprobe.adapters.checkpoint import Adapter, is_zero
 
 Init = Literal["shared", "independent", "unclear"]
 
-# of the way from chance (0) to the same row space (1)
+# of the way from chance (0) to the same row space (1). SmolLM2-135M, r = 8, AdamW at lr 1e-3:
+# three tasks of one init are at 0.91-0.92 after 30 to 40 steps, of two inits at 0.002-0.004
 SHARED, INDEPENDENT = 0.5, 0.25
 
 
