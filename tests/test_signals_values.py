@@ -158,12 +158,9 @@ def drift(hidden, logprob):
 
 def test_representation_by_hand():
     # (embedding, one layer) × 2 sequences × 2 directions
-    a = replace(
-        probe("a", [[1.0]]), drift=drift([[[9.0, 9.0]] * 2, [[3, 4.0], [3, 4]]], [0.5, 0.5])
-    )
-    b = replace(
-        probe("b", [[1.0]]), drift=drift([[[9.0, 9.0]] * 2, [[4, 3.0], [0, 5]]], [0.8, 0.2])
-    )
+    still, moving = [[3.0, 4.0], [3.0, 4.0]], [[4.0, 3.0], [0.0, 5.0]]
+    a = replace(probe("a", [[1.0]]), drift=drift([[[9.0, 9.0]] * 2, still], [0.5, 0.5]))
+    b = replace(probe("b", [[1.0]]), drift=drift([[[9.0, 9.0]] * 2, moving], [0.8, 0.2]))
     row = pair(a, b)
     assert row["drift_cosine"] == pytest.approx((24 + 20) / 50)  # the embedding is left out
     assert row["drift_cka"] == 0.0  # a does the same to every text
@@ -204,7 +201,7 @@ def test_layer_and_kind_of_a_module(module, layer, kind):
     assert (layer_of(module), kind_of(module)) == (layer, kind)
 
 
-def lora_run(name, targets, init_seed, data_seed, *, rank=4, steps=20):
+def lora_run(name, targets, init_seed, data_seed, *, rank=4, steps=8):
     """Really trains a LoRA by linear regression on each module; the frozen weight is 0.
 
     Returns the probe at the end, with the full-weight gradient at the base point, sketched.
@@ -238,9 +235,9 @@ def test_independent_inits_confound_the_weights_but_not_the_sketched_gradients()
     other = lora_run("other", tasks[1], init_seed=1, data_seed=3)  # another task, the same A
     rows = {(r["a"], r["b"]): r for r in pair_rows([one, again, other]).to_dicts()}
     same, unrelated = rows["one", "again"], rows["one", "other"]
-    assert abs(same["frobenius_cosine"]) < 0.15
-    assert same["gradient_cosine_base"] > 0.9
+    assert abs(same["frobenius_cosine"]) < 0.1
+    assert same["gradient_cosine_base"] > 0.85
     assert abs(unrelated["gradient_cosine_base"]) < 0.2
     # the input side tells who shared an init, not who shared a task
-    assert unrelated["input_overlap"] > 0.3 > 0.15 > same["input_overlap"]
+    assert unrelated["input_overlap"] > 0.5 > 0.1 > same["input_overlap"]
     assert (same["shared_init"], unrelated["shared_init"]) == (0.0, 1.0)
