@@ -36,15 +36,16 @@ CHECKPOINT_EVERY = 20
 class Run:
     """One adapter's training: what, how long, and where its files go.
 
-    folder: checkpoints and, at the end, `adapter/`. probe: the probe file. init_seed: of the LoRA
-    matrices (equal seeds give a shared init).
+    checkpoints: a folder that is gone when the run is done. adapter: where the PEFT folder goes.
+    probe: the probe file. init_seed: of the LoRA matrices (equal seeds give a shared init).
     """
 
     name: str
     examples: tuple[Example, ...]
     calibration: tuple[Example, ...]
-    folder: Path
+    checkpoints: Path
     probe: Path
+    adapter: Path
     steps: int = 100
     learning_rate: float = 1e-3
     rank: int = 8
@@ -53,10 +54,6 @@ class Run:
     seed: int = 0
     init_seed: int = 0
     probe_at: int | None = None
-
-    @property
-    def adapter(self) -> Path:
-        return self.folder / "adapter"
 
 
 def train(run: Run, base: Base, *, to_probe: bool, on_step: Callable[[int, float], None]) -> None:
@@ -77,7 +74,6 @@ def train(run: Run, base: Base, *, to_probe: bool, on_step: Callable[[int, float
     model: Any = get_peft_model(base.model, config)
     model.peft_config["default"].base_model_name_or_path = base.name
     rows = [{"prompt": item.prompt, "completion": item.completion} for item in run.examples]
-    checkpoints = run.folder / "checkpoints"
     pairs = [(item.prompt, item.completion) for item in run.calibration]
     probing = MergeProbeCallback(
         run.probe, calibration=pairs, tokenizer=base.tokenizer, at_step=run.probe_at
@@ -88,7 +84,7 @@ def train(run: Run, base: Base, *, to_probe: bool, on_step: Callable[[int, float
             trainer = SFTTrainer(
                 model=model,
                 args=SFTConfig(
-                    output_dir=str(checkpoints),
+                    output_dir=str(run.checkpoints),
                     max_steps=run.steps,
                     per_device_train_batch_size=run.batch_size,
                     learning_rate=run.learning_rate,
@@ -113,7 +109,7 @@ def train(run: Run, base: Base, *, to_probe: bool, on_step: Callable[[int, float
                 callbacks=[probing, _Watch(on_step, probing if to_probe else None)],
             )
             _quiet(trainer)
-            last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
+            last = get_last_checkpoint(str(run.checkpoints)) if run.checkpoints.exists() else None
             trainer.train(resume_from_checkpoint=last)
         if not to_probe:
             _save(run, model, base, trainer.state.log_history)
@@ -157,7 +153,7 @@ def _save(run: Run, model: Any, base: Base, history: list[dict[str, Any]]) -> No
             "losses": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         }
         write_json(folder / CARD, card)
-    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
 
 
 def _quiet(trainer: Any) -> None:

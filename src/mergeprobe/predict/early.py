@@ -97,7 +97,9 @@ class ModelTier:
             self._states[key] = found
         return self._states[key]
 
-    def set_features(self, name: str, group: Sequence[str], method: str = "sum") -> dict[str, float]:
+    def set_features(
+        self, name: str, group: Sequence[str], method: str = "sum"
+    ) -> dict[str, float]:
         """Every model-tier signal of adapter `name` inside `group` (itself included).
 
         For a pair {i, j} these are the signals of SIGNALS.md. In a larger set the others act as

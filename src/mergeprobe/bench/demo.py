@@ -1,0 +1,144 @@
+"""The demo: five adapters start, are probed, forecast, finished, deployed and measured.
+
+Every stage leaves a file and is passed over where the file is there, so a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from mergeprobe.adapters.base import load_base
+from mergeprobe.adapters.checkpoint import read_adapter
+from mergeprobe.artefact import atomic_file
+from mergeprobe.bench.folder import Config, RunFolder
+from mergeprobe.bench.measure import DEPLOYED, Measurement, pending, singles, subsets
+from mergeprobe.bench.outcomes import outcome_rows, truncated
+from mergeprobe.bench.pool import Pool
+from mergeprobe.capture.probe import Probe, read_probe
+from mergeprobe.compose import apply_plan
+from mergeprobe.plan import Plan, read_plan, write_plan
+from mergeprobe.predict.early import open_tier
+from mergeprobe.predict.forecast import Forecaster, forecast_probes
+
+PARTITION_METHODS = ("mean", "sum")
+WHOLE_SET_METHODS = ("norm_preserving_mean", "ties", "svc")
+
+Notify = Callable[..., None]
+"""notify(stage, **data); stages: base, train, step, forecast, note, planned, apply, measure,
+measured, done."""
+
+
+def run_demo(
+    out: str | Path,
+    config: Config | None = None,
+    *,
+    force: bool = False,
+    workers: int | None = None,
+    notify: Notify = lambda stage, **data: None,
+) -> RunFolder:
+    """Does the whole job in `out`, or what is left of it, and returns the folder."""
+    folder, config = RunFolder(out), config or Config()
+    if force and folder.config_file.exists():
+        shutil.rmtree(folder.path)
+    config = folder.claim(config)
+    notify("base", name=config.base)
+    base = None
+    with Pool(folder.path, workers) as pool:
+        _train(folder, config, pool, "probe", notify)
+        if not folder.plan.exists():
+            base = load_base(config.base, notify=lambda message: notify("note", message=message))
+            forecast_and_plan(folder, config, base, notify)
+            del base
+        plan = read_plan(folder.plan)
+        notify("planned", plan=plan, folder=folder)
+        _train(folder, config, pool, "finish", notify)
+        if not folder.deployment.exists():
+            notify("apply", plan=plan)
+            adapters = {name: read_adapter(folder.adapters / name) for name in config.tasks}
+            apply_plan(plan, adapters, folder.deployment)
+        _measure(folder, config, plan, pool, notify)
+    _write_parquet(pl.DataFrame(outcome_rows(folder)), folder.outcomes)
+    notify("measured", folder=folder)
+    from mergeprobe.bench.results import write_page
+
+    write_page(folder)
+    notify("done", folder=folder)
+    return folder
+
+
+def _train(folder: RunFolder, config: Config, pool: Pool, job: str, notify: Notify) -> None:
+    def done(name: str) -> bool:
+        target = folder.probe(name) if job == "probe" else folder.adapters / name
+        return target.exists()
+
+    left = [name for name in config.tasks if not done(name)]
+    if not left:
+        return
+    notify("train", job=job, names=left, steps=config.steps)
+    pool.run([{"job": job, "name": name} for name in left], lambda e: _step(e, notify))
+
+
+def _step(event: dict[str, Any], notify: Notify) -> None:
+    if event["event"] == "step":
+        notify("step", name=event["name"], step=event["step"], loss=event["loss"])
+
+
+def forecast_and_plan(folder: RunFolder, config: Config, base: Any, notify: Notify) -> Plan:
+    """Signals of both tiers, forecasts and the plan, written to the run's folder."""
+    probes = [read_probe(folder.probe(name)) for name in config.tasks]
+
+    def progress(message: str) -> None:
+        notify("forecast", message=message)
+
+    tier = open_tier(
+        base, probes, items=config.forecast_items, budget=config.budget, progress=progress
+    )
+    forecaster = forecast_probes(probes, model=tier, floor=config.min_retention, progress=progress)
+    plan = forecaster.plan(min_retention=config.min_retention)
+    write_signals(folder, probes, forecaster)
+    write_plan(plan, folder.plan)
+    return plan
+
+
+def write_signals(folder: RunFolder, probes: Sequence[Probe], forecaster: Forecaster) -> None:
+    """signals.parquet (pair rows of both tiers), layers.parquet, forecasts.parquet."""
+    _write_parquet(forecaster.signal_rows(), folder.signals)
+    _write_parquet(forecaster.tables["layers"], folder.layers)
+    _write_parquet(forecaster.forecast_rows(), folder.forecasts)
+
+
+def _measure(folder: RunFolder, config: Config, plan: Plan, pool: Pool, notify: Notify) -> None:
+    wanted = [
+        *singles(config),
+        Measurement(DEPLOYED, config.tasks),
+        *(Measurement(method, config.tasks, config.rank) for method in WHOLE_SET_METHODS),
+        *truncated(config, plan),
+        *subsets(config, PARTITION_METHODS),
+    ]
+    left = pending(folder, wanted)
+    if not left:
+        return
+    notify("measure", total=len(wanted), left=len(left))
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "done":
+            notify("measure", total=len(wanted), left=len(pending(folder, wanted)))
+
+    jobs = [
+        {
+            "job": "measure",
+            "measurement": {"method": m.method, "adapters": list(m.adapters), "rank": m.rank},
+        }
+        for m in left
+    ]
+    pool.run(jobs, on_event)
+
+
+def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
+    with atomic_file(path) as temporary:
+        frame.write_parquet(temporary)

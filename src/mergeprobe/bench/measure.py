@@ -1,0 +1,147 @@
+"""Measuring outcomes: per-item losses of the base, single adapters, merges and deployments.
+
+A `Measurement` says what to run; its result is one JSON file, so a killed run goes on where it
+was and nothing is measured twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergeprobe.adapters.base import Base
+from mergeprobe.adapters.checkpoint import Adapter, read_adapter
+from mergeprobe.artefact import read_json, write_json
+from mergeprobe.bench.folder import Config, RunFolder
+from mergeprobe.compose import merge, read_deployment
+from mergeprobe.errors import DataError
+from mergeprobe.evaluate.score import batch_of, score
+
+DEPLOYED = "deployed"
+BASE_MODEL = "base"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Run every adapter's test items under what serves it.
+
+    method: a merge rule over `adapters` at `rank` (None: exact), `deployed` for what the plan's
+    deployment serves, or `base` for the base model. A single adapter is its own mean.
+    """
+
+    method: str
+    adapters: tuple[str, ...]
+    rank: int | None = None
+
+    @property
+    def key(self) -> str:
+        rank = "" if self.rank is None else f"-r{self.rank}"
+        return f"{self.method}{rank}-{'+'.join(self.adapters)}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """losses, exact: task -> one value per test item. parameters: resident, for merges."""
+
+    losses: dict[str, torch.Tensor]
+    exact: dict[str, torch.Tensor]
+    parameters: int
+    error: float
+
+    def accuracy(self, task: str) -> float:
+        return float(self.exact[task].double().mean())
+
+
+def singles(config: Config) -> list[Measurement]:
+    """The base and every adapter alone: retention's denominator."""
+    return [Measurement(BASE_MODEL, (name,)) for name in config.tasks] + [
+        Measurement("mean", (name,)) for name in config.tasks
+    ]
+
+
+def subsets(config: Config, methods: Sequence[str]) -> list[Measurement]:
+    """Every set of two or more adapters under every method, at the adapters' own rank."""
+    return [
+        Measurement(method, group, config.rank)
+        for method in methods
+        for size in range(2, len(config.tasks) + 1)
+        for group in combinations(config.tasks, size)
+    ]
+
+
+class Bench:
+    """The base model and a run's adapters and test items, loaded once."""
+
+    def __init__(self, folder: RunFolder, base: Base) -> None:
+        self.folder, self.base, self.config = folder, base, folder.config()
+        self._adapters: dict[str, Adapter] = {}
+        self._batches: dict[str, Any] = {}
+
+    def adapter(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            self._adapters[name] = read_adapter(self.folder.adapters / name)
+        return self._adapters[name]
+
+    def batch(self, name: str) -> Any:
+        if name not in self._batches:
+            task = self.folder.task(name, self.config)
+            items = task.generate("test", self.config.test_items, self.config.seed)
+            self._batches[name] = batch_of(self.base, items)
+        return self._batches[name]
+
+    def run(self, wanted: Measurement) -> None:
+        """Measures and writes the result, unless it is there."""
+        target = result_path(self.folder, wanted)
+        if target.exists():
+            return
+        serving, error, parameters = self._serving(wanted)
+        losses, exact = {}, {}
+        for name in wanted.adapters:
+            found = score(self.base, serving[name], self.batch(name))
+            losses[name], exact[name] = found.loss.tolist(), found.exact.tolist()
+        write_json(
+            target,
+            {
+                "measurement": asdict(wanted),
+                "losses": losses,
+                "exact": exact,
+                "parameters": parameters,
+                "error": error,
+            },
+        )
+
+    def _serving(self, wanted: Measurement) -> tuple[dict[str, Adapter | None], float, int]:
+        if wanted.method == BASE_MODEL:
+            return dict.fromkeys(wanted.adapters), 0.0, 0
+        if wanted.method == DEPLOYED:
+            deployment = read_deployment(self.folder.deployment)
+            return dict(deployment.serving), 0.0, deployment.resident_parameters
+        merged = merge(
+            [self.adapter(name) for name in wanted.adapters], wanted.method, rank=wanted.rank
+        )
+        serving = dict.fromkeys(wanted.adapters, merged.adapter)
+        return serving, merged.certificate.total, merged.adapter.parameters
+
+
+def result_path(folder: RunFolder, wanted: Measurement) -> Path:
+    return folder.measured / f"{wanted.key}.json"
+
+
+def read_measured(folder: RunFolder, wanted: Measurement) -> Measured:
+    """The result of a measurement; DataError if it has not been made."""
+    value = read_json(result_path(folder, wanted), DataError)
+    return Measured(
+        losses={name: torch.tensor(v, dtype=torch.float64) for name, v in value["losses"].items()},
+        exact={name: torch.tensor(v, dtype=torch.bool) for name, v in value["exact"].items()},
+        parameters=value["parameters"],
+        error=value["error"],
+    )
+
+
+def pending(folder: RunFolder, wanted: Iterable[Measurement]) -> list[Measurement]:
+    return [item for item in wanted if not result_path(folder, item).exists()]
