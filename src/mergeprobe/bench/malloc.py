@@ -1,4 +1,4 @@
-"""glibc's malloc, told to keep large blocks. Needs no torch, so it can be asked before torch loads."""
+"""glibc's malloc, told to keep large blocks. Needs no torch: it is asked before torch loads."""
 
 from __future__ import annotations
 

@@ -1,0 +1,7 @@
+"""`python -m mergeprobe` is the command `mergeprobe`."""
+
+import sys
+
+from mergeprobe.cli import main
+
+sys.exit(main())

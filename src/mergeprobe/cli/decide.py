@@ -1,0 +1,137 @@
+"""forecast and plan: from probes or adapters to what to deploy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergeprobe.cli.options import Base, Budget, Force, Items, Json, Sources
+
+if TYPE_CHECKING:
+    from mergeprobe.predict.forecast import Forecaster
+
+FORECAST = (
+    "mergeprobe forecast probes/",
+    "mergeprobe forecast probes/ --base smollm2-135m-instruct-q4",
+    "mergeprobe forecast adapters/math adapters/code --method sum --json",
+)
+PLAN = (
+    "mergeprobe plan adapters/*",
+    "mergeprobe plan probes/ --base smollm2-135m-instruct-q4 --out plan.json",
+    "mergeprobe plan probes/ --min-retention 0.95",
+)
+
+
+def forecast(
+    sources: Sources,
+    base: Base = None,
+    budget: Budget = None,
+    items: Items = 16,
+    method: Annotated[str, typer.Option(help="The merge rule to forecast: mean or sum.")] = "mean",
+    json: Json = False,
+) -> None:
+    """Forecast how much of its gain each adapter keeps when merged with each other one.
+
+    Retention 1 means that nothing is lost, 0 that the adapter might as well not be there. The
+    interval is meant to hold the measured value nine times in ten.
+    """
+    from mergeprobe.cli import show
+    from mergeprobe.cli.tables import show_missing
+
+    with show.working("forecasting") as progress:
+        forecaster = _forecaster(sources, base, budget, items, progress)
+        rows = _pairs(forecaster, method)
+    if json:
+        show.emit(
+            {
+                "tier": forecaster.tier,
+                "calibrated": False,
+                "method": method,
+                "forecasts": rows,
+                "missing": forecaster.missing,
+            }
+        )
+        return
+    title = f"Retention of each adapter when merged by {method} with one other (90 % interval)"
+    table = show.table("adapter", "merged with", "retention", "low", "high", left=2)
+    for row in rows:
+        numbers = [show.number(row[key]) for key in ("forecast", "low", "high")]
+        table.add_row(row["adapter"], row["with"], *numbers)
+    show.print_table(title, table)
+    show.console().print(f"Tier: {forecaster.tier}. Uncalibrated: read the intervals as rough.")
+    show_missing(forecaster.missing)
+
+
+def plan(
+    sources: Sources,
+    base: Base = None,
+    min_retention: Annotated[
+        float, typer.Option(help="The floor: what every adapter has to keep of its gain, 0 to 1.")
+    ] = 0.9,
+    budget: Budget = None,
+    items: Items = 16,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the plan (JSON).", show_default="-")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Decide which adapters share one, which stay apart, and why.
+
+    The cheapest grouping wins whose worst forecast keeps the floor. Finished PEFT folders are
+    enough, without data and base model; the answer then says what is missing to do better.
+    """
+    from mergeprobe.artefact import refuse_existing
+    from mergeprobe.cli import show
+    from mergeprobe.cli.tables import show_plan
+    from mergeprobe.plan import plan_dict, write_plan
+
+    if out is not None:
+        refuse_existing(out, force=force)
+    with show.working("planning") as progress:
+        forecaster = _forecaster(sources, base, budget, items, progress)
+        made = forecaster.plan(min_retention=min_retention)
+    if out is not None:
+        write_plan(made, out, force=force)
+    if json:
+        show.emit(plan_dict(made))
+        return
+    show_plan(made)
+    if out is not None:
+        show.console().print(f"Written to '{out}'.")
+    else:
+        show.console().print("Nothing was written; --out plan.json keeps the plan for `apply`.")
+
+
+def _forecaster(
+    sources: Sequence[Path],
+    base: str | None,
+    budget: int | None,
+    items: int,
+    progress: Callable[[str], None],
+) -> Forecaster:
+    from mergeprobe.adapters.base import load_base
+    from mergeprobe.cli.sources import read_sources
+    from mergeprobe.predict.early import open_tier
+    from mergeprobe.predict.forecast import forecast_probes
+
+    probes = read_sources(sources)
+    tier = None
+    if base is not None:
+        loaded = load_base(base, notify=progress)
+        tier = open_tier(loaded, probes, items=items, budget=budget, progress=progress)
+    return forecast_probes(probes, model=tier, progress=progress)
+
+
+def _pairs(forecaster: Forecaster, method: str) -> list[dict[str, Any]]:
+    rows = []
+    for name, other in permutations([probe.name for probe in forecaster.probes], 2):
+        found = forecaster.forecast(name, (name, other), method)
+        row = {"adapter": name, "with": other, "forecast": found.retention}
+        row |= {"low": found.low, "high": found.high}
+        rows.append(row | {"signals": forecaster.evidence.get((name, (other,), method), {})})
+    return rows
