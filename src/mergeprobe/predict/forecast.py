@@ -208,7 +208,10 @@ FORECAST_COLUMNS: dict[str, Any] = {
 
 
 def blend(parts: Mapping[str, float], method: str, tier: Tier) -> Forecast:
-    """One forecast from its parts."""
+    """One forecast from its parts. Probes without a model have no ridge of their own fitted yet:
+    their forecast is that of the weights, and its wide interval says so."""
+    if tier != "model":
+        return ridge.forecast_pair_weights(parts, method)
     return ridge.forecast_pair(parts, method)
 
 
