@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from mergeprobe.errors import MergeProbeError, OutputExists
 from mergeprobe.version import __version__
@@ -23,22 +26,24 @@ def atomic_file(path: str | Path, *, force: bool = True) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on a clean exit it is synced and renamed there.
 
     On any exception (a full disk, Ctrl-C) the temporary file is removed and `path` is as it was.
+    An error of the file system names `path`.
     """
     path = Path(path)
     refuse_existing(path, force=force)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _sync(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(**_beside(path, ".tmp"))
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            _sync(temporary)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
 
 
 @contextmanager
@@ -46,27 +51,47 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; on a clean exit it takes `path`'s place."""
     path = Path(path)
     refuse_existing(path, force=force)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(**_beside(path, ".tmp")))
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            os.chmod(temporary, 0o755)
+            if path.exists():
+                old = Path(tempfile.mkdtemp(**_beside(path, ".old")))
+                os.replace(path, old / "replaced")
+                os.replace(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync(path.parent)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """File-system errors inside the block name `path`, not the temporary file beside it.
+
+    safetensors has an error of its own for a full disk; it becomes an OSError too.
+    """
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        os.chmod(temporary, 0o755)
-        if path.exists():
-            old = Path(
-                tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".old", dir=path.parent)
-            )
-            os.replace(path, old / "replaced")
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except SafetensorError as problem:
+        raise OSError(errno.EIO, f"cannot be written: {problem}", str(path)) from None
+    except OSError as problem:
+        if problem.filename is None or ".tmp" in str(problem.filename):
+            problem.filename = str(path)
         raise
-    _sync(path.parent)
+
+
+def _beside(path: Path, suffix: str) -> dict[str, Any]:
+    """For a temporary name that is hidden and on the same file system."""
+    return {"prefix": f".{path.name[:40]}.", "suffix": suffix, "dir": path.parent}
 
 
 def refuse_existing(path: str | Path, *, force: bool) -> None:

@@ -34,6 +34,14 @@ class Control(StrEnum):
 def demo(
     out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Three tasks, fewer steps.")] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            help="Another base model: a hub id, a folder, a .gguf file or an alias.",
+            show_default="SmolLM2-135M",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of data, inits and order.")] = 0,
     control: Annotated[
         Control, typer.Option(help="easy: tasks without the planted conflict.")
@@ -53,8 +61,11 @@ def demo(
     from mergeprobe.cli.tables import show_plan, show_results
 
     make: Callable[..., Config] = Config.quick if quick else Config
+    asked: dict[str, Any] = {"seed": seed, "control": control.value} | (
+        {"base": base} if base else {}
+    )
     with Display(on_plan=None if json else show_plan) as display:
-        folder = run_demo(out, make(seed=seed, control=control.value), force=force, notify=display)
+        folder = run_demo(out, make(**asked), force=force, notify=display)
     found = summary(folder)
     if json:
         show.emit(found)

@@ -43,7 +43,9 @@ def show_plan(plan: Plan) -> None:
     sure = "calibrated" if plan.calibrated else "uncalibrated"
     console().print(f"{cost}. Tier: {plan.tier}, {sure}.")
     console().print(heading("Why"))
-    bullets([*plan.reasons, *(reason for group in plan.groups for reason in group.reasons)])
+    # two groups that stay apart both say so
+    said = [*plan.reasons, *(reason for group in plan.groups for reason in group.reasons)]
+    bullets(list(dict.fromkeys(said)))
     show_missing(plan.missing)
 
 
