@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -108,6 +109,14 @@ def refuse_existing(path: str | Path, *, force: bool) -> None:
 def write_json(path: str | Path, value: Any, *, force: bool = True) -> None:
     with atomic_file(path, force=force) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def write_parquet(frame: Any, path: str | Path, *, force: bool = True) -> None:
+    """Writes a polars DataFrame; through memory, so that a full disk is an OSError."""
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    with atomic_file(path, force=force) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def read_json(path: str | Path, error: type[MergeProbeError]) -> Any:

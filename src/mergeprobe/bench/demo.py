@@ -14,7 +14,7 @@ import polars as pl
 
 from mergeprobe.adapters.base import load_base
 from mergeprobe.adapters.checkpoint import read_adapter
-from mergeprobe.artefact import atomic_file
+from mergeprobe.artefact import write_parquet
 from mergeprobe.bench.folder import Config, RunFolder
 from mergeprobe.bench.measure import DEPLOYED, Measurement, pending, singles, subsets
 from mergeprobe.bench.outcomes import outcome_rows, truncated
@@ -62,7 +62,7 @@ def run_demo(
             adapters = {name: read_adapter(folder.adapters / name) for name in config.tasks}
             apply_plan(plan, adapters, folder.deployment)
         _measure(folder, config, plan, pool, notify)
-    _write_parquet(pl.DataFrame(outcome_rows(folder)), folder.outcomes)
+    write_parquet(pl.DataFrame(outcome_rows(folder)), folder.outcomes)
     notify("measured", folder=folder)
     from mergeprobe.bench.results import write_page
 
@@ -107,9 +107,9 @@ def forecast_and_plan(folder: RunFolder, config: Config, base: Any, notify: Noti
 
 def write_signals(folder: RunFolder, probes: Sequence[Probe], forecaster: Forecaster) -> None:
     """signals.parquet (pair rows of both tiers), layers.parquet, forecasts.parquet."""
-    _write_parquet(forecaster.signal_rows(), folder.signals)
-    _write_parquet(forecaster.tables["layers"], folder.layers)
-    _write_parquet(forecaster.forecast_rows(), folder.forecasts)
+    write_parquet(forecaster.signal_rows(), folder.signals)
+    write_parquet(forecaster.tables["layers"], folder.layers)
+    write_parquet(forecaster.forecast_rows(), folder.forecasts)
 
 
 def _measure(folder: RunFolder, config: Config, plan: Plan, pool: Pool, notify: Notify) -> None:
@@ -137,8 +137,3 @@ def _measure(folder: RunFolder, config: Config, plan: Plan, pool: Pool, notify: 
         for m in left
     ]
     pool.run(jobs, on_event)
-
-
-def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
-    with atomic_file(path) as temporary:
-        frame.write_parquet(temporary)

@@ -34,6 +34,7 @@ class Pool:
     def __init__(self, folder: Path, workers: int | None = None) -> None:
         self.folder, self.count = folder, workers or worker_count()
         self.workers: list[subprocess.Popen[str]] = []
+        self.events: Queue[tuple[int, dict[str, Any] | None]] = Queue()
         self.logs = folder / "workers.log"
 
     def __enter__(self) -> Pool:
@@ -63,18 +64,22 @@ class Pool:
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
         with open(self.logs, "a", encoding="utf-8") as log:
-            for _ in range(self.count):
+            for index in range(self.count):
                 command = [sys.executable, "-m", "mergeprobe.bench.worker", str(self.folder)]
-                self.workers.append(
-                    subprocess.Popen(
-                        [*command, str(threads)],
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=log,
-                        text=True,
-                        env=environment,
-                    )
+                worker = subprocess.Popen(
+                    [*command, str(threads)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=environment,
                 )
+                self.workers.append(worker)
+                # one reader a worker for its whole life: two would steal each other's lines
+                reader = threading.Thread(
+                    target=_read, args=(index, worker, self.events), daemon=True
+                )
+                reader.start()
 
     def run(self, jobs: Sequence[dict[str, Any]], on_event: Event) -> None:
         """Does all jobs; MergeProbeError if one fails or a worker dies, naming the job."""
@@ -82,23 +87,19 @@ class Pool:
             return
         if not self.workers:
             self._start()
-        waiting, events = list(jobs), Queue[tuple[int, dict[str, Any] | None]]()
-        threads = [
-            threading.Thread(target=_read, args=(index, worker, events), daemon=True)
-            for index, worker in enumerate(self.workers)
-        ]
+        waiting = list(jobs)
         doing: dict[int, dict[str, Any]] = {}
-        for index, thread in enumerate(threads):
+        for index in range(len(self.workers)):
             if waiting:
                 doing[index] = waiting.pop(0)
                 self._send(index, doing[index])
-                thread.start()
         while doing:
-            index, event = events.get()
+            index, event = self.events.get()
             if event is None:
+                what = doing.get(index, "nothing")
                 raise MergeProbeError(
-                    f"a worker died while doing {doing[index]}; see '{self.logs}', then run the "
-                    "same command again: it goes on where it was"
+                    f"a worker died while doing {what}; see '{self.logs}', then run the same "
+                    "command again: it goes on where it was"
                 )
             on_event(event)
             if event["event"] == "failed":
@@ -108,9 +109,6 @@ class Pool:
                 if waiting:
                     doing[index] = waiting.pop(0)
                     self._send(index, doing[index])
-                else:
-                    events_done = {"event": "idle"}
-                    on_event(events_done)
 
     def _send(self, index: int, job: dict[str, Any]) -> None:
         stdin = self.workers[index].stdin
@@ -130,6 +128,4 @@ def _read(
     assert worker.stdout
     for line in worker.stdout:
         events.put((index, json.loads(line)))
-        if json.loads(line)["event"] == "failed":
-            return
     events.put((index, None))

@@ -169,13 +169,13 @@ def _pair_values(outcomes: Outcomes) -> Iterator[PairValues]:
                 unit="retention" if column.startswith("early_retention") else "",
                 summary=known.summary if known else "",
                 symmetric=known.symmetric if known else False,
-                values={f"{a}|{b}": value for a, b, value in signals.select("a", "b", column).rows()},
+                values={
+                    f"{a}|{b}": value for a, b, value in signals.select("a", "b", column).rows()
+                },
             )
 
 
-def _pair(
-    names: tuple[str, ...], a: str, b: str, method: str, outcomes: Outcomes
-) -> Measurement:
+def _pair(names: tuple[str, ...], a: str, b: str, method: str, outcomes: Outcomes) -> Measurement:
     pair = tuple(name for name in names if name in (a, b))
     return Measurement(method, pair, outcomes.config.rank)
 

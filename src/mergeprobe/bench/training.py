@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import warnings
@@ -13,8 +14,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from mergeprobe.adapters.base import Base, quiet_transformers
 from mergeprobe.adapters.checkpoint import CARD, CARD_SCHEMA, CONFIG, WEIGHTS
@@ -109,8 +110,7 @@ def train(run: Run, base: Base, *, to_probe: bool, on_step: Callable[[int, float
                 callbacks=[probing, _Watch(on_step, probing if to_probe else None)],
             )
             _quiet(trainer)
-            last = get_last_checkpoint(str(run.checkpoints)) if run.checkpoints.exists() else None
-            trainer.train(resume_from_checkpoint=last)
+            trainer.train(resume_from_checkpoint=newest_checkpoint(run.checkpoints))
         if not to_probe:
             _save(run, model, base, trainer.state.log_history)
     finally:
@@ -119,6 +119,24 @@ def train(run: Run, base: Base, *, to_probe: bool, on_step: Callable[[int, float
         base_model.eval()
         del model
         gc.collect()
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; half-written ones (a kill while saving) are removed.
+
+    The trainer writes a checkpoint file by file, its state last.
+    """
+    if not folder.exists():
+        return None
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in reversed(found):
+        try:
+            json.loads((path / "trainer_state.json").read_text("utf-8"))
+            with safe_open(str(path / WEIGHTS), framework="pt"):
+                return str(path)
+        except (OSError, ValueError, SafetensorError):
+            shutil.rmtree(path)
+    return None
 
 
 class _Watch(TrainerCallback):

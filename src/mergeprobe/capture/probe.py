@@ -1,7 +1,7 @@
 """Probe: what was measured on one run at one step, in one safetensors file.
 
-Tensors carry the measurements, the header carries the provenance (JSON) and a digest of the
-tensors, so damage is found on reading. No pickle. A plain finished adapter is a probe that has
+Tensors carry the measurements, the header carries the provenance (JSON) and digests of both,
+so damage is found on reading. No pickle. A plain finished adapter is a probe that has
 only its update (`Probe.from_adapter`); every other part may be absent, and `has` says so.
 """
 
@@ -193,21 +193,23 @@ def write_probe(probe: Probe, path: str | Path, *, force: bool = True) -> Path:
         if value is not None:
             tensors |= {f"{part}:{field}": tensor for field, tensor in vars(value).items()}
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    text = json.dumps(
+        {
+            **probe.meta,
+            "schema": PROBE_SCHEMA,
+            "name": probe.name,
+            "scalings": {m: u.scaling for m, u in probe.updates.items()},
+            "weight_norms": probe.weight_norms,
+            "shared": shared,
+            "tails": tails,
+        },
+        ensure_ascii=False,
+    )
     header = {
         "format": "pt",
-        "mergeprobe": json.dumps(
-            {
-                **probe.meta,
-                "schema": PROBE_SCHEMA,
-                "name": probe.name,
-                "scalings": {m: u.scaling for m, u in probe.updates.items()},
-                "weight_norms": probe.weight_norms,
-                "shared": shared,
-                "tails": tails,
-            },
-            ensure_ascii=False,
-        ),
+        "mergeprobe": text,
         "digest": _digest(tensors.items()),
+        "header_digest": _text_digest(text),
     }
     with atomic_file(path, force=force) as temporary:
         save_file(tensors, temporary, metadata=header)
@@ -230,6 +232,9 @@ def read_probe(path: str | Path) -> Probe:
     try:
         meta = json.loads(header["mergeprobe"])
         check_schema(meta.get("schema"), PROBE_SCHEMA, f"probe '{path}'", ProbeError)
+        # the first probes have no digest of their header
+        if header.get("header_digest", "") not in ("", _text_digest(header["mergeprobe"])):
+            raise ProbeError(f"'{path}' is damaged: its header does not match its digest")
         if header.get("digest") != _digest(tensors.items()):
             raise ProbeError(f"'{path}' is damaged: its contents do not match its digest")
         return _assemble(meta, tensors, path)
@@ -271,6 +276,10 @@ def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> P
         meta=meta,
         path=path,
     )
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

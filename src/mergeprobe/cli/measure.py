@@ -135,7 +135,7 @@ def signals(
     A row (a, b) says what a's update does to b. A dash is a signal that needs a part the file
     does not have: a finished adapter holds its update only.
     """
-    from mergeprobe.artefact import atomic_file, refuse_existing
+    from mergeprobe.artefact import refuse_existing, write_parquet
     from mergeprobe.cli import show
     from mergeprobe.cli.sources import read_sources
     from mergeprobe.signals import tables
@@ -144,8 +144,7 @@ def signals(
         refuse_existing(out, force=force)
     found = tables(read_sources(sources))
     if out is not None:
-        with atomic_file(out, force=force) as temporary:
-            found["pairs"].write_parquet(temporary)
+        write_parquet(found["pairs"], out, force=force)
     if json:
         show.emit({name: found[name].to_dicts() for name in ("pairs", "adapters")})
         return

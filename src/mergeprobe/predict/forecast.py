@@ -14,20 +14,23 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from mergeprobe.adapters.checkpoint import check_same_base
+from mergeprobe.adapters.checkpoint import Adapter, check_same_base
 from mergeprobe.capture.probe import Probe
+from mergeprobe.compose import prune
 from mergeprobe.errors import NotForecastable
 from mergeprobe.plan import Action, Forecast, Group, Plan
 from mergeprobe.predict import ridge, surrogate
 from mergeprobe.predict.costs import resident_parameters
 from mergeprobe.predict.early import ModelTier
 from mergeprobe.predict.planner import AdapterInfo, make_plan
+from mergeprobe.predict.pruning import harmful_modules
 from mergeprobe.signals import tables
 
 Tier = Literal["weights", "file", "model"]
 METHODS = ("mean", "sum")
 KEPT = Forecast(retention=1.0, low=1.0, high=1.0)
-SET_MARGIN = 0.25  # sets whose pair forecasts fall this far below the floor are not measured
+RESCUE_MARGIN = 0.2  # reweighting and pruning are tried where a plain merge is this near the floor
+SET_MARGIN = 0.05  # sets that hold a pair this far below the floor are not measured
 
 
 @dataclass
@@ -67,14 +70,12 @@ class Forecaster:
     def _pair(self, name: str, other: str, method: str) -> Forecast:
         parts = self._parts(name, (other,), method)
         self.evidence[name, (other,), method] = parts
-        if self.tier == "weights":
-            return ridge.forecast_pair_weights(parts, method)
         return blend(parts, method, self.tier)
 
     def _set(self, name: str, others: tuple[str, ...], method: str) -> Forecast:
         pairs = [self.forecast(name, (name, other), method) for other in others]
         combined = ridge.combine(pairs, len(others) + 1, method)
-        if self.tier != "model" or combined.retention < self.floor - SET_MARGIN:
+        if self.tier != "model" or self._hopeless((name, *others), method):
             return combined
         try:
             parts = self._parts(name, others, method)
@@ -89,6 +90,13 @@ class Forecaster:
             high=max(measured.high, combined.high),
         )
 
+    def _hopeless(self, group: Sequence[str], method: str) -> bool:
+        """Whether some pair inside the group falls so far below the floor that the group will."""
+        return any(
+            self.forecast(one, (one, other), method).retention < self.floor - SET_MARGIN
+            for one, other in permutations(group, 2)
+        )
+
     def _parts(self, name: str, others: tuple[str, ...], method: str) -> dict[str, float]:
         parts = {}
         group = (name, *others)
@@ -98,12 +106,14 @@ class Forecaster:
             if column in rows.columns and rows[column].null_count() == 0:
                 parts[column] = float(rows[column].max())  # type: ignore[arg-type]
         if self.quadratic is not None:
-            weight = 1.0 if method == "sum" else 1.0 / len(group)
+            weight = weight_of(method, len(group))
             found = surrogate.set_retentions(self.quadratic, group, weight, self.lengths)
             parts["surrogate"] = found[name]
         if self.model is not None:
             self.progress(f"{' + '.join(group)} by {method}")
             parts |= self.model.set_features(name, group, method)
+            weights = dict.fromkeys(group, weight_of(method, len(group)))
+            parts["extrapolated_merge"] = self.model.extrapolated_merge(name, weights)
         return parts
 
     def infos(self) -> list[AdapterInfo]:
@@ -148,7 +158,87 @@ class Forecaster:
                     **common,
                 )
             )
+        if self.model is not None and self._near_miss(found):
+            found += [*self._reweighted(names, common), *self._pruned(names, common)]
         return found
+
+    def _near_miss(self, merges: Sequence[Group]) -> bool:
+        """Whether the better plain merge falls short of the floor, but not by much."""
+        best = max(min(f.retention for f in group.forecast.values()) for group in merges)
+        return self.floor - RESCUE_MARGIN <= best < self.floor
+
+    def _reweighted(self, names: tuple[str, ...], common: dict[str, Any]) -> list[Group]:
+        """Linear merges with other weights: the surrogate's own, and for a pair two tilts."""
+        assert self.model is not None
+        tried: list[dict[str, float]] = []
+        if self.quadratic is not None:
+            found = surrogate.reweight(self.quadratic, names, "worst", self.lengths)
+            tried.append({name: round(weight, 3) for name, weight in found.items()})
+        if len(names) == 2:
+            tried += [dict(zip(names, tilt, strict=True)) for tilt in ((0.35, 0.65), (0.65, 0.35))]
+        groups = []
+        for weights in tried:
+            if min(weights.values()) < 0.05:
+                continue  # that would be one adapter with another's name
+            try:
+                forecast = {name: self._changed(name, names, weights) for name in names}
+            except NotForecastable:  # the budget is spent
+                break
+            groups.append(
+                Group(
+                    action=Action.reweight,
+                    method="linear",
+                    weights=weights,
+                    rank=self._rank(names),
+                    forecast=forecast,
+                    **common,
+                )
+            )
+        return groups
+
+    def _pruned(self, names: tuple[str, ...], common: dict[str, Any]) -> list[Group]:
+        """The mean with those modules dropped that harm others more than they help their own."""
+        assert self.model is not None
+        mine = {probe.name: probe for probe in self.probes if probe.name in names}
+        pruned, replaced = {}, {}
+        for name in names:
+            dropped = harmful_modules(mine[name], [mine[other] for other in names if other != name])
+            if dropped.modules:
+                pruned[name] = dropped
+                replaced[name] = prune(self.model.snapshots[name].update, dropped)
+        if not pruned:
+            return []
+        weights = dict.fromkeys(names, 1.0 / len(names))
+        try:
+            forecast = {name: self._changed(name, names, weights, replaced) for name in names}
+        except NotForecastable:
+            return []
+        return [
+            Group(
+                action=Action.prune,
+                method="mean",
+                pruned=pruned,
+                rank=self._rank(names),
+                forecast=forecast,
+                **common,
+            )
+        ]
+
+    def _changed(
+        self,
+        name: str,
+        names: tuple[str, ...],
+        weights: Mapping[str, float],
+        replaced: Mapping[str, Adapter] | None = None,
+    ) -> Forecast:
+        """The mean's forecast, moved by half of what the change does to the extrapolated merge
+        (the share that the extrapolated merge has in a forecast)."""
+        assert self.model is not None
+        plain = self.forecast(name, names, "mean")
+        uniform = dict.fromkeys(names, 1.0 / len(names))
+        before = _clip(self.model.extrapolated_merge(name, uniform))
+        after = _clip(self.model.extrapolated_merge(name, weights, replaced=replaced))
+        return _around(plain.retention + (after - before) / 2, plain, 0.0)
 
     def plan(self, *, min_retention: float = 0.9, **options: Any) -> Plan:
         """The cheapest partition above the floor; see planner.make_plan."""
@@ -196,6 +286,7 @@ class Forecaster:
                     "high": forecast.high,
                     "surrogate": parts.get("surrogate"),
                     "early_merge": parts.get(f"early_retention_{method}"),
+                    "extrapolated_merge": parts.get("extrapolated_merge"),
                 }
             )
         return pl.DataFrame(rows, schema=FORECAST_COLUMNS)
@@ -203,16 +294,49 @@ class Forecaster:
 
 FORECAST_COLUMNS: dict[str, Any] = {
     **dict.fromkeys(("adapter", "others", "method", "tier"), pl.String),
-    **dict.fromkeys(("retention", "low", "high", "surrogate", "early_merge"), pl.Float64),
+    **dict.fromkeys(
+        ("retention", "low", "high", "surrogate", "early_merge", "extrapolated_merge"), pl.Float64
+    ),
 }
 
 
+def weight_of(method: str, count: int) -> float:
+    """The weight of each of `count` adapters: 1/T under the mean, 1 under the sum."""
+    return 1.0 if method == "sum" else 1.0 / count
+
+
 def blend(parts: Mapping[str, float], method: str, tier: Tier) -> Forecast:
-    """One forecast from its parts. Probes without a model have no ridge of their own fitted yet:
-    their forecast is that of the weights, and its wide interval says so."""
-    if tier != "model":
+    """One forecast from its parts; a nominal 90 % interval, uncalibrated.
+
+    weights: the pilot's average (ridge on weights). file: the surrogate, with the pilot's spread
+    around it. model: the mean of the ridge and the extrapolated early merge, which err apart (the
+    ridge has never seen a task like a planted conflict, the early merge overstates damage); their
+    disagreement widens the interval.
+    """
+    if tier == "weights":
         return ridge.forecast_pair_weights(parts, method)
-    return ridge.forecast_pair(parts, method)
+    if tier == "file":
+        spread = ridge.forecast_pair_weights(parts, method)
+        return _around(parts["surrogate"], spread, 0.0)
+    known = ridge.forecast_pair(parts, method)
+    early = _clip(parts["extrapolated_merge"])
+    return _around((known.retention + early) / 2, known, abs(known.retention - early) / 2)
+
+
+def _around(middle: float, like: Forecast, apart: float) -> Forecast:
+    """An interval around `middle` with `like`'s half-widths, or `apart` where that is wider."""
+    middle = _clip(middle)
+    below = max(like.retention - like.low, apart)
+    above = max(like.high - like.retention, apart)
+    return Forecast(
+        retention=middle,
+        low=max(ridge.LOWEST, middle - below),
+        high=max(middle, min(ridge.HIGHEST, middle + above)),
+    )
+
+
+def _clip(value: float) -> float:
+    return min(ridge.HIGHEST, max(ridge.LOWEST, value))
 
 
 def forecast_probes(

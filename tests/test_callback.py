@@ -1,0 +1,167 @@
+"""The callback in real training runs: it writes a probe, and changes nothing."""
+
+import warnings
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from mergeprobe import MergeProbeCallback, read_probe
+from mergeprobe.capture.model import current_update
+from mergeprobe.errors import ProbeError
+from tests.tiny_base import tiny_model, tiny_tokenizer
+
+ROWS = [{"prompt": f"What is {a} + {b}?", "completion": f" {a + b}."} for a in range(6) for b in range(5)]
+
+
+def sft(tmp_path, callbacks, *, steps=10, dropout=0.0, folder="out", **options):
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(tiny_model(), config)
+    arguments = {
+        "output_dir": str(tmp_path / folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "save_strategy": "no",
+        "seed": 3,
+    }
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**(arguments | options)),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tiny_tokenizer(),
+        callbacks=callbacks,
+    )
+    return trainer, model
+
+
+def weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+class Keep(TrainerCallback):
+    """Keeps the update right after one step."""
+
+    def __init__(self, step):
+        self.step, self.update = step, None
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.update = current_update(model)
+
+
+def test_sft_run_leaves_a_probe_and_is_not_changed(tmp_path):
+    path, keep = tmp_path / "probes" / "math.safetensors", Keep(8)
+    trainer, model = sft(tmp_path, [MergeProbeCallback(path), keep], dropout=0.1)
+    trainer.train()
+    plain, untouched = sft(tmp_path, [], dropout=0.1)
+    plain.train()
+    ours, theirs = weights(model), weights(untouched)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs), "bit-identical"
+    probe = read_probe(path)
+    assert (probe.name, probe.meta["step"], probe.meta["planned_steps"]) == ("math", 8, 10)
+    assert probe.meta["halfway_step"] == 4
+    assert probe.meta["init_hash"]
+    assert [step for step, _ in probe.meta["losses"]] == list(range(1, 8))  # step 8 is logged after the probe
+    assert keep.update is not None
+    for module, update in keep.update.items():
+        assert torch.equal(update.dense(), probe.updates[module].dense())
+    assert probe.calibration is not None
+    assert len(probe.calibration.loss) == 30
+    assert probe.drift is not None
+    assert probe.drift.hidden.shape[0] == 4  # three layers and the embeddings
+    # only completions count: "What is 1 + 2?" has 14 characters, " 3." and the end 4
+    assert probe.calibration.completion_mask.sum(1).tolist() == [4] * 20 + [4] * 10
+    assert not list(path.parent.glob(".*"))
+
+
+def test_plain_trainer_and_own_calibration(tmp_path):
+    tokenizer = tiny_tokenizer()
+    rows = [tokenizer(row["prompt"] + row["completion"])["input_ids"][:12] for row in ROWS]
+    data = [{"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)} for ids in rows]
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    path = tmp_path / "x.safetensors"
+    calibration = [("What is 9 + 9?", " 18."), ("What is 1 + 9?", " 10.")]
+    Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path / "out"), max_steps=8, report_to="none", disable_tqdm=True,
+            use_cpu=True, save_strategy="no", per_device_train_batch_size=2,
+        ),  # fmt: skip
+        train_dataset=data,
+        callbacks=[MergeProbeCallback(path, calibration=calibration, tokenizer=tokenizer)],
+    ).train()
+    probe = read_probe(path)
+    assert probe.modules == [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]
+    assert probe.calibration is not None
+    assert probe.calibration.completion_mask.sum(1).tolist() == [5, 5]
+
+
+def test_resuming_keeps_what_the_first_steps_told(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 6
+
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    sft(tmp_path, [MergeProbeCallback(whole)])[0].train()
+    saving = {"save_strategy": "steps", "save_steps": 6, "folder": "resumed"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sft(tmp_path, [MergeProbeCallback(parts), Stop()], **saving)[0].train()
+        assert not parts.exists()
+        trainer, _ = sft(tmp_path, [MergeProbeCallback(parts)], **saving)
+        trainer.train(resume_from_checkpoint=True)
+    one, two = read_probe(whole), read_probe(parts)
+    assert one.meta["init_hash"] == two.meta["init_hash"]
+    assert one.meta["losses"] == two.meta["losses"]
+    for module in one.updates:
+        assert torch.allclose(one.halfway[module], two.halfway[module])
+        assert torch.allclose(one.gradient[module], two.gradient[module], atol=1e-6)
+
+
+def test_stopping_before_the_probe_point_is_said(tmp_path):
+    path = tmp_path / "x.safetensors"
+    trainer, _ = sft(tmp_path, [MergeProbeCallback(path)], steps=5)
+    with pytest.warns(UserWarning, match="before the probe point 8"):
+        trainer.train()
+    assert not path.exists()
+
+
+def test_an_exception_in_training_leaves_no_half_file(tmp_path):
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise RuntimeError("out of luck")
+
+    path = tmp_path / "x.safetensors"
+    trainer, _ = sft(tmp_path, [MergeProbeCallback(path), Break()])
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer.train()
+    assert not path.exists()
+
+
+def test_a_variant_that_cannot_be_probed_is_refused_before_training(tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], use_dora=True))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True
+    )
+    data = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 4
+    callback = MergeProbeCallback(tmp_path / "x.safetensors")
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[callback])
+    with pytest.raises(ProbeError, match="DoRA"):
+        trainer.train()
+    with pytest.raises(ProbeError, match="fraction"):
+        MergeProbeCallback("x", fraction=1.5)
