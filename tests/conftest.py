@@ -12,7 +12,9 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    """No test reads or writes the user's cache."""
-    monkeypatch.setenv("MERGEPROBE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """No test reads or writes the user's cache; of the whole session, for module fixtures too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MERGEPROBE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield

@@ -14,7 +14,11 @@ from mergeprobe.capture.model import current_update
 from mergeprobe.errors import ProbeError
 from tests.tiny_base import tiny_model, tiny_tokenizer
 
-ROWS = [{"prompt": f"What is {a} + {b}?", "completion": f" {a + b}."} for a in range(6) for b in range(5)]
+ROWS = [
+    {"prompt": f"What is {a} + {b}?", "completion": f" {a + b}."}
+    for a in range(6)
+    for b in range(5)
+]
 
 
 def sft(tmp_path, callbacks, *, steps=10, dropout=0.0, folder="out", **options):
@@ -75,7 +79,9 @@ def test_sft_run_leaves_a_probe_and_is_not_changed(tmp_path):
     assert (probe.name, probe.meta["step"], probe.meta["planned_steps"]) == ("math", 8, 10)
     assert probe.meta["halfway_step"] == 4
     assert probe.meta["init_hash"]
-    assert [step for step, _ in probe.meta["losses"]] == list(range(1, 8))  # step 8 is logged after the probe
+    assert [step for step, _ in probe.meta["losses"]] == list(
+        range(1, 8)
+    )  # step 8 is logged after the probe
     assert keep.update is not None
     for module, update in keep.update.items():
         assert torch.equal(update.dense(), probe.updates[module].dense())
@@ -98,8 +104,13 @@ def test_plain_trainer_and_own_calibration(tmp_path):
     Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(tmp_path / "out"), max_steps=8, report_to="none", disable_tqdm=True,
-            use_cpu=True, save_strategy="no", per_device_train_batch_size=2,
+            output_dir=str(tmp_path / "out"),
+            max_steps=8,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            save_strategy="no",
+            per_device_train_batch_size=2,
         ),  # fmt: skip
         train_dataset=data,
         callbacks=[MergeProbeCallback(path, calibration=calibration, tokenizer=tokenizer)],

@@ -107,9 +107,9 @@ def test_input_moment_counts_every_token_but_padding():
     kept = moment.factor.double()
     assert (expected - kept @ kept.T).norm() / expected.norm() < 1.3 * lost + 1e-3
     shared = recording.input_moments()
-    assert (
-        shared["model.layers.0.self_attn.k_proj"] is shared["model.layers.0.self_attn.q_proj"]
-    ), "q, k and v read one input: one moment"
+    assert shared["model.layers.0.self_attn.k_proj"] is shared["model.layers.0.self_attn.q_proj"], (
+        "q, k and v read one input: one moment"
+    )
 
 
 def test_output_moment_is_exact_when_its_rank_suffices():
@@ -162,7 +162,9 @@ def test_measuring_leaves_no_trace():
 
 def test_probe_round_trip(tmp_path):
     model, batch = tiny_peft(), tiny_batch()
-    recorder = ProbeRecorder(model, tmp_path / "a b.safetensors", planned_steps=40, calibration=batch)
+    recorder = ProbeRecorder(
+        model, tmp_path / "a b.safetensors", planned_steps=40, calibration=batch
+    )
     assert recorder.at == 8
     for step in range(1, 9):
         probe = recorder.step(step, loss=1.0 / step)

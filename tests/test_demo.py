@@ -74,7 +74,9 @@ def test_outcomes_are_what_they_say(finished):
     singles = alone.filter(pl.col("method") == "mean")
     assert singles["loss"].to_list() == singles["loss_single"].to_list()
     kept = rows.filter(pl.col("gain_retention").is_not_null())
-    expected = (pl.col("loss_base") - pl.col("loss")) / (pl.col("loss_base") - pl.col("loss_single"))
+    expected = (pl.col("loss_base") - pl.col("loss")) / (
+        pl.col("loss_base") - pl.col("loss_single")
+    )
     assert kept.select((pl.col("gain_retention") - expected).abs().max()).item() < 1e-9
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import polars as pl
 
-from mergeprobe.artefact import read_json
 from mergeprobe.adapters.checkpoint import CARD
+from mergeprobe.artefact import read_json
 from mergeprobe.bench.folder import RunFolder
 from mergeprobe.bench.measure import DEPLOYED, Measurement
 from mergeprobe.bench.outcomes import PLAN, Outcomes, regret

@@ -27,7 +27,6 @@ SIGNALS = (
 PAIR_COLUMNS = {
     "frobenius_cosine": "cosine",
     "output_overlap": "output overlap",
-    "sign_conflict": "sign conflict",
     "gradient_cosine_base": "gradient cosine",
     "interference_ratio": "interference",
     "drift_cosine": "drift cosine",

@@ -45,11 +45,17 @@ def finite(value: Any) -> Any:
 
 
 def table(*columns: str, left: int = 1) -> Table:
-    """A table whose first `left` columns are words and whose others are numbers."""
+    """A table whose first `left` columns are words and whose others are numbers.
+
+    On a narrow screen words are broken, never numbers, and long headings of numbers take two lines.
+    """
     made = Table(box=box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
-        numeric = index >= left
-        made.add_column(name, justify="right" if numeric else "left", no_wrap=numeric)
+        if index < left:
+            made.add_column(name, overflow="fold")
+        else:
+            short = name if len(name) < 9 else name.replace(" ", "\n", 1)
+            made.add_column(short, justify="right", no_wrap=True)
     return made
 
 

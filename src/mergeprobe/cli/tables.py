@@ -33,7 +33,7 @@ def show_plan(plan: Plan) -> None:
         for index, name in enumerate(group.adapters):
             found = group.forecast.get(name)
             spread = with_interval(found.retention, found.low, found.high) if found else DASH
-            first = (group.name, name, action), (spread, count(group.resident_parameters))
+            first = (spaced(group.name), name, action), (spread, count(group.resident_parameters))
             made.add_row(*(first[0] + first[1] if index == 0 else ("", name, "", spread, "")))
     print_table("Plan", made)
     cost = f"{count(plan.resident_parameters)} resident parameters"
@@ -49,6 +49,11 @@ def show_plan(plan: Plan) -> None:
     show_missing(plan.missing)
 
 
+def spaced(group: str) -> str:
+    """A group's name with room to break: "math + code"."""
+    return group.replace("+", " + ")
+
+
 def show_missing(missing: Sequence[str]) -> None:
     if missing:
         console().print(heading("What would make this better"))
@@ -58,24 +63,29 @@ def show_missing(missing: Sequence[str]) -> None:
 def show_results(found: dict[str, Any]) -> None:
     """A measured run (bench.summary.summary): per adapter, per strategy, regret."""
     made = table(
-        *("adapter", "group", "forecast (90 % interval)", "measured", "inside", "own gain"),
+        *("group", "adapter", "forecast (90 % interval)", "measured", "inside", "own gain"),
         left=2,
     )
-    for row in found["adapters"]:
-        inside = DASH if row["inside"] is None else ("yes" if row["inside"] else "no")
-        forecast = with_interval(row["forecast"], row["low"], row["high"])
-        measured = with_error(row["measured"], row["measured_se"])
-        made.add_row(row["name"], row["group"], forecast, measured, inside, number(row["own_gain"]))
+    rows = {row["name"]: row for row in found["adapters"]}
+    for group in found["plan"]["groups"]:
+        for index, name in enumerate(group["adapters"]):
+            row = rows[name]
+            inside = DASH if row["inside"] is None else ("yes" if row["inside"] else "no")
+            forecast = with_interval(row["forecast"], row["low"], row["high"])
+            measured = with_error(row["measured"], row["measured_se"])
+            label = spaced(group["name"]) if index == 0 else ""
+            made.add_row(label, name, forecast, measured, inside, number(row["own_gain"]))
     print_table("Adapters: forecast against measured retention", made)
     made = table(
-        *("strategy", "mean", "worst", "worst adapter", "resident parameters"),
+        *("strategy", "worst adapter", "mean", "worst", "resident parameters"),
+        left=2,
     )
     for row in found["strategies"]:
         made.add_row(
             ("→ " if row["chosen"] else "  ") + row["name"],
+            row["worst_adapter"],
             with_error(row["mean_retention"], row["mean_se"]),
             with_error(row["worst_retention"], row["worst_se"]),
-            row["worst_adapter"],
             count(row["resident_parameters"]),
             style="bold" if row["chosen"] else None,
         )

@@ -16,9 +16,7 @@ def batch_of(base: Base, examples: Sequence[Example]) -> Batch:
     return encode(base.tokenizer, [(item.prompt, item.completion) for item in examples])
 
 
-def score(
-    base: Base, served: Adapter | Mapping[str, LowRank] | None, batch: Batch
-) -> ItemScores:
+def score(base: Base, served: Adapter | Mapping[str, LowRank] | None, batch: Batch) -> ItemScores:
     """Loss and exact match of every item under the base (None) or with an update attached."""
     if served is None:
         return item_scores(base.model, batch)

@@ -29,7 +29,9 @@ from mergeprobe.signals import tables
 Tier = Literal["weights", "file", "model"]
 METHODS = ("mean", "sum")
 KEPT = Forecast(retention=1.0, low=1.0, high=1.0)
-RESCUE_MARGIN = 0.2  # reweighting and pruning are tried where a plain merge is this near the floor
+PASSES_A_PAIR = 6  # below this a pair is left to the file tier
+# reweighting and pruning are tried on up to three adapters whose plain merge is this near the floor
+RESCUED, RESCUE_MARGIN = 3, 0.15
 SET_MARGIN = 0.05  # sets that hold a pair this far below the floor are not measured
 
 
@@ -77,18 +79,16 @@ class Forecaster:
         combined = ridge.combine(pairs, len(others) + 1, method)
         if self.tier != "model" or self._hopeless((name, *others), method):
             return combined
+        assert self.model is not None
+        weights = dict.fromkeys((name, *others), weight_of(method, len(others) + 1))
         try:
-            parts = self._parts(name, others, method)
+            early = _clip(self.model.extrapolated_merge(name, weights))
         except NotForecastable:  # the budget is spent: the pairs have to do
             return combined
-        self.evidence[name, others, method] = parts
-        measured = blend(parts, method, self.tier)
+        self.evidence[name, others, method] = {"extrapolated_merge": early}
         # the two see different things: pairs what builds up, the set's own merge what cancels
-        return Forecast(
-            retention=(measured.retention + combined.retention) / 2,
-            low=min(measured.low, combined.low),
-            high=max(measured.high, combined.high),
-        )
+        middle = (combined.retention + early) / 2
+        return _around(middle, combined, abs(combined.retention - early) / 2)
 
     def _hopeless(self, group: Sequence[str], method: str) -> bool:
         """Whether some pair inside the group falls so far below the floor that the group will."""
@@ -109,8 +109,8 @@ class Forecaster:
             weight = weight_of(method, len(group))
             found = surrogate.set_retentions(self.quadratic, group, weight, self.lengths)
             parts["surrogate"] = found[name]
-        if self.model is not None:
-            self.progress(f"{' + '.join(group)} by {method}")
+        if self.model is not None and self.model.left() >= PASSES_A_PAIR:
+            self.progress(f"what {' + '.join(others)} does to {name}, merged by {method}")
             parts |= self.model.set_features(name, group, method)
             weights = dict.fromkeys(group, weight_of(method, len(group)))
             parts["extrapolated_merge"] = self.model.extrapolated_merge(name, weights)
@@ -158,7 +158,7 @@ class Forecaster:
                     **common,
                 )
             )
-        if self.model is not None and self._near_miss(found):
+        if self.model is not None and len(names) <= RESCUED and self._near_miss(found):
             found += [*self._reweighted(names, common), *self._pruned(names, common)]
         return found
 
@@ -308,16 +308,17 @@ def weight_of(method: str, count: int) -> float:
 def blend(parts: Mapping[str, float], method: str, tier: Tier) -> Forecast:
     """One forecast from its parts; a nominal 90 % interval, uncalibrated.
 
-    weights: the pilot's average (ridge on weights). file: the surrogate, with the pilot's spread
-    around it. model: the mean of the ridge and the extrapolated early merge, which err apart (the
-    ridge has never seen a task like a planted conflict, the early merge overstates damage); their
-    disagreement widens the interval.
+    weights: the pilot's average (ridge on weights). file, and pairs that the model tier's budget
+    did not reach: the surrogate, with the pilot's spread around it. model: the mean of the ridge
+    and the extrapolated early merge, which err apart (the ridge has never seen a task like a
+    planted conflict, the early merge overstates damage); their disagreement widens the interval.
     """
     if tier == "weights":
         return ridge.forecast_pair_weights(parts, method)
-    if tier == "file":
+    if tier == "file" or "extrapolated_merge" not in parts:
         spread = ridge.forecast_pair_weights(parts, method)
-        return _around(parts["surrogate"], spread, 0.0)
+        middle = parts.get("surrogate", spread.retention)
+        return _around(middle, spread, abs(middle - spread.retention))
     known = ridge.forecast_pair(parts, method)
     early = _clip(parts["extrapolated_merge"])
     return _around((known.retention + early) / 2, known, abs(known.retention - early) / 2)
