@@ -111,7 +111,7 @@ def test_plain_trainer_and_own_calibration(tmp_path):
             use_cpu=True,
             save_strategy="no",
             per_device_train_batch_size=2,
-        ),  # fmt: skip
+        ),
         train_dataset=data,
         callbacks=[MergeProbeCallback(path, calibration=calibration, tokenizer=tokenizer)],
     ).train()
