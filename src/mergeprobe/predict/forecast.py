@@ -243,6 +243,10 @@ class Forecaster:
     def plan(self, *, min_retention: float = 0.9, **options: Any) -> Plan:
         """The cheapest partition above the floor; see planner.make_plan."""
         self.floor = min_retention
+        names = [probe.name for probe in self.probes]
+        for one, other in permutations(names, 2):  # pairs first: sets may use the budget up
+            for method in METHODS:
+                self.forecast(one, (one, other), method)
         first = self.probes[0].meta
         return make_plan(
             self.infos(),
