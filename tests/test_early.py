@@ -160,6 +160,8 @@ def test_an_adapter_beside_its_own_copy_is_not_disturbed_by_the_mean(base, probe
     assert got["nonadditivity_mean_final"] == pytest.approx(0.0, abs=1e-3)
     assert got["disturbance_late"] == pytest.approx(1.0, abs=1e-3)
     assert got["kl_merge_mean"] == pytest.approx(0.0, abs=1e-5)
+    # a copy helps wholly, so the two together are kept at their best length: nothing is lost
+    assert tier.extrapolated_merge("sums", {"sums": 1.0, "twin": 1.0}) == pytest.approx(1, abs=1e-4)
     assert tier.joint_gradient_cosine("sums", "twin") == pytest.approx(1.0, abs=1e-4)
 
 
@@ -170,7 +172,13 @@ def test_extrapolated_merge_by_hand(base, probes, tier):
     zero = mean_loss(base.model, base, "sums")
     alone = mean_loss(dense(base, (one.updates, a.length)), base, "sums")
     half = mean_loss(dense(base, (one.updates, a.length / 2)), base, "sums")
-    parts = [(one.updates, a.length / 2), (two.updates, b.reach * b.length / 2)]
+    other = mean_loss(dense(base, (two.updates, b.length)), base, "sums")
+    helped = min(1.0, max(0.0, (zero - other) / (zero - alone)))
+    shrink = 1 / max(1.0, 0.5 + 0.5 * b.reach * helped)
+    parts = [
+        (one.updates, shrink * a.length / 2),
+        (two.updates, shrink * b.reach * b.length / 2),
+    ]
     merged = mean_loss(dense(base, *parts), base, "sums")
     diluted = min(1.0, max(0.25, (zero - half) / (zero - alone)))
     expected = (zero - merged) / (zero - alone) / diluted

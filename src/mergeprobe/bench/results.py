@@ -74,8 +74,9 @@ def report_data(folder: RunFolder) -> ReportData:
         notes=(
             "Forecasts are uncalibrated: the intervals come from the residuals of a small pilot.",
             f"Against the best partition of at most the plan's parameters, chosen on one half of "
-            f"the test items and scored on the other ({lost.best}): the plan is "
-            f"{lost.worst:+.3f} behind in worst-case and {lost.mean:+.3f} in mean retention.",
+            f"the test items and scored on the other ({lost.best}): the plan's regret is "
+            f"{lost.worst:+.3f} in worst-case and {lost.mean:+.3f} in mean retention "
+            "(below 0 the plan is better).",
         ),
         adapters=tuple(_adapters(outcomes)),
         strategies=tuple(_strategies(outcomes)),
@@ -205,12 +206,15 @@ def _probe_step(folder: RunFolder, name: str | None = None) -> int:
 
 
 def _partitions(outcomes: Outcomes) -> Iterator[PartitionRow]:
+    """Every partition under mean and sum; the plan's own as it was really deployed."""
     chosen = {frozenset(group.adapters) for group in outcomes.plan.groups}
+    deployed = {strategy.name: strategy for strategy in outcomes.strategies()}[PLAN]
     for found in outcomes.partitions():
+        ours = {frozenset(group) for group in found.groups} == chosen
         yield PartitionRow(
             label=found.label,
-            mean=found.mean,
-            worst=found.worst,
+            mean=deployed.total.mean if ours else found.mean,
+            worst=deployed.total.worst if ours else found.worst,
             resident_parameters=found.resident_parameters,
-            chosen={frozenset(group) for group in found.groups} == chosen,
+            chosen=ours,
         )

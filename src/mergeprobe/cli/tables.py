@@ -96,10 +96,10 @@ def show_results(found: dict[str, Any]) -> None:
 
 def _show_regret(regret: dict[str, Any]) -> None:
     console().print(
-        f"Against the best measured partition of at most the plan's parameters "
-        f"({regret['best']}), the plan is {regret['worst']:+.3f} behind in worst-case and "
-        f"{regret['mean']:+.3f} in mean retention (chosen on one half of the test items, scored "
-        "on the other; below 0 it is ahead, by noise)."
+        "Against the best partition of at most the plan's parameters (all measured under "
+        f"mean and sum, chosen on one half of the test items, scored on the other: "
+        f"{regret['best']}), the plan's regret is {regret['worst']:+.3f} in worst-case and "
+        f"{regret['mean']:+.3f} in mean retention; below 0 the plan is better."
     )
 
 

@@ -170,23 +170,38 @@ class ModelTier:
     ) -> float:
         """The extrapolated early merge: forecast gain retention of `name` in Σ w_a ΔW_a.
 
-        Runs θ₀ + w_i U_i + Σ_{a≠i} w_a reach_a U_a on i's items and divides the retention by that
-        of w_i U_i alone, where that is below 1: a snapshot at half length loses what a finished
-        adapter at half length does not (it keeps .96–1.02), so that part is no forecast.
+        Runs θ₀ + s (w_i U_i + Σ_{a≠i} w_a reach_a U_a) on i's items and divides the retention by
+        that of w_i U_i alone, where that is below 1: a snapshot at half length loses what a
+        finished adapter at half length does not (it keeps .96–1.02), so that part is no forecast.
+        What the others do for i counts as i's own length: s ≤ 1 keeps w_i + Σ w_a reach_a help_a
+        at 1, help_a the share of i's gain that U_a alone brings. Without it two adapters of one
+        skill would seem to harm each other by overshooting together, which training does not.
         weights: by name, of the whole group. replaced: other updates for some (pruned ones).
         """
         replaced = replaced or {}
         key = (name, tuple(sorted(weights.items())), tuple(sorted(replaced)))
         if key not in self._kept or replaced:
-            updates, factors = [], []
+            updates, factors, length = [], [], 0.0
             for other, weight in sorted(weights.items()):
-                snapshot = self.snapshots[other]
+                snapshot, factor = self.snapshots[other], weight
                 updates.append(replaced.get(other, snapshot.update))
-                factors.append(weight * (1.0 if other == name else snapshot.reach))
-            merged = merge(updates, "linear", weights=factors).adapter
+                if other != name:
+                    factor *= snapshot.reach
+                length += factor * (1.0 if other == name else self._help(name, other))
+                factors.append(factor)
+            shrink = 1.0 / max(1.0, length)
+            merged = merge(updates, "linear", weights=[shrink * f for f in factors]).adapter
             kept = self.early_retention(name, merged)
             self._kept[key] = kept / min(1.0, max(0.25, self._alone(name, weights[name])))
         return self._kept[key]
+
+    def _help(self, name: str, other: str) -> float:
+        """The share of `name`'s gain that `other`'s update alone brings, in [0, 1]."""
+        own = self.snapshots[name]
+        zero = self.state(name, "base", None)
+        theirs = self.state(name, ("others", (other,)), self.snapshots[other].update)
+        gain = float(own.base_loss.mean() - own.own_loss.mean())
+        return min(1.0, max(0.0, (zero.loss - theirs.loss) / max(gain, 1e-9)))
 
     def _alone(self, name: str, weight: float) -> float:
         """Retention of w_i U_i alone."""
