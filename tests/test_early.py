@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from mergeprobe.capture.batch import encode, item_scores
 from mergeprobe.capture.probe import Calibration, Probe, provenance
 from mergeprobe.errors import BaseModelError, NotForecastable
 from mergeprobe.lowrank import LowRank
-from mergeprobe.predict.early import EARLY_SIGNALS, open_tier, reach
+from mergeprobe.predict.early import EARLY_SIGNALS, markdown, open_tier, reach
 from mergeprobe.predict.forecast import forecast_probes
 from mergeprobe.predict.pruning import harmful_modules
 from tests.tiny_base import tiny_model, tiny_tokenizer
@@ -271,3 +272,8 @@ def test_harmful_modules_by_hand():
     assert harmful_modules(mine, [other]).modules == ("bad",)
     assert harmful_modules(mine, []).modules == ()
     assert harmful_modules(Probe("x", {"bad": update}), [other]).modules == ()
+
+
+def test_the_page_of_early_signals_is_in_step():
+    page = Path(__file__).parent.parent / "docs" / "early-signals.md"
+    assert page.read_text("utf-8") == markdown()

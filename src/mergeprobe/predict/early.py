@@ -251,6 +251,18 @@ EARLY_SIGNALS: dict[str, str] = {
 }
 
 
+def markdown() -> str:
+    """EARLY_SIGNALS as docs/early-signals.md."""
+    rows = "\n".join(f"| `{name}` | {text} |" for name, text in EARLY_SIGNALS.items())
+    return (
+        "# Early signals (model tier)\n\n"
+        "Measured by running snapshots, each scaled to its own best length, on adapter i's own\n"
+        "calibration items (U_i = c* ΔW_i; j is the other adapter, or the sum of the others). This "
+        "page is\n`mergeprobe.predict.early.markdown()`; a test keeps the two in step.\n\n"
+        f"| signal | what, unit, range |\n|---|---|\n{rows}\n"
+    )
+
+
 def open_tier(
     base: Base,
     probes: Sequence[Probe],
