@@ -181,8 +181,14 @@ def test_extrapolated_merge_by_hand(base, probes, tier):
         (two.updates, shrink * b.reach * b.length / 2),
     ]
     merged = mean_loss(dense(base, *parts), base, "sums")
-    diluted = min(1.0, max(0.25, (zero - half) / (zero - alone)))
-    expected = (zero - merged) / (zero - alone) / diluted
+
+    def kept(weight):
+        loss = mean_loss(dense(base, (one.updates, a.length * weight)), base, "sums")
+        return min(1.0, (zero - loss) / (zero - alone))
+
+    assert kept(0.5) == pytest.approx(min(1.0, (zero - half) / (zero - alone)))
+    still = kept(0.5 * a.reach) / max(0.25, kept(0.5))
+    expected = (zero - merged) / (zero - alone) * max(1.0, still)
     got = tier.extrapolated_merge("sums", {"sums": 0.5, "words": 0.5})
     assert got == pytest.approx(expected, abs=1e-4)
 

@@ -129,9 +129,10 @@ def test_weights_only_says_little():
 
 def test_combine_by_hand():
     pairs = [at(0.9), at(0.8)]
-    # mean of 3: 4 (2/3)² · 0.1 + (2/3)² · (0.2 − 0.1) = 0.1778 + 0.0444
-    assert combine(pairs, 3, "mean").retention == pytest.approx(1 - 0.2222, abs=1e-4)
-    assert combine(pairs, 3, "sum").retention == pytest.approx(1 - 0.3)
+    # mean of 3: 4 (2/3)² · 0.1 + (0.2 − 0.1) = 0.1778 + 0.1
+    assert combine(pairs, 3, "mean").retention == pytest.approx(1 - 0.2778, abs=1e-4)
+    # sum of 3: 1.5^¾ · 0.3
+    assert combine(pairs, 3, "sum").retention == pytest.approx(1 - 1.5**0.75 * 0.3)
     assert combine([], 1, "mean") == at(1.0)
     for method in METHODS:  # a pair is its own set
         assert combine([at(0.7, 0.5, 0.9)], 2, method).retention == pytest.approx(0.7)
@@ -140,11 +141,10 @@ def test_combine_by_hand():
         combine(pairs, 5)
 
 
-def test_combine_is_exact_on_a_quadratic_loss_without_cross_terms():
-    own, others = 0.24, [0.0, 0.4, 0.8, 0.2]  # b = 0: one partner that only dilutes
-    pairs = [at(1 - (own + other) / 4) for other in others]
-    true = 1 - (own * (4 / 5) ** 2 + sum(others) / 25)
-    assert combine(pairs, 5, "mean").retention == pytest.approx(true)
+def test_combine_is_exact_for_dilution_alone():
+    own = 0.24  # a quadratic loss in i's own weight, partners that do nothing
+    pairs = [at(1 - own / 4)] * 4
+    assert combine(pairs, 5, "mean").retention == pytest.approx(1 - own * (4 / 5) ** 2)
 
 
 def test_sets_are_less_certain_than_pairs():

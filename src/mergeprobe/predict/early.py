@@ -170,9 +170,9 @@ class ModelTier:
     ) -> float:
         """The extrapolated early merge: forecast gain retention of `name` in Σ w_a ΔW_a.
 
-        Runs θ₀ + s (w_i U_i + Σ_{a≠i} w_a reach_a U_a) on i's items and divides the retention by
-        that of w_i U_i alone, where that is below 1: a snapshot at half length loses what a
-        finished adapter at half length does not (it keeps .96–1.02), so that part is no forecast.
+        Runs θ₀ + s (w_i U_i + Σ_{a≠i} w_a reach_a U_a) on i's items, divides the retention by that
+        of w_i U_i alone and multiplies it by that of min(1, w_i reach_i) U_i: a snapshot at half
+        length loses what a finished adapter at half length does not (it keeps .96–1.02).
         What the others do for i counts as i's own length: s ≤ 1 keeps w_i + Σ w_a reach_a help_a
         at 1, help_a the share of i's gain that U_a alone brings. Without it two adapters of one
         skill would seem to harm each other by overshooting together, which training does not.
@@ -192,7 +192,10 @@ class ModelTier:
             shrink = 1.0 / max(1.0, length)
             merged = merge(updates, "linear", weights=[shrink * f for f in factors]).adapter
             kept = self.early_retention(name, merged)
-            self._kept[key] = kept / min(1.0, max(0.25, self._alone(name, weights[name])))
+            weight = weights[name]
+            diluted = min(1.0, weight * self.snapshots[name].reach)
+            still = self._alone(name, diluted) / max(0.25, self._alone(name, weight))
+            self._kept[key] = kept * max(1.0, still)
         return self._kept[key]
 
     def _help(self, name: str, other: str) -> float:
@@ -204,14 +207,14 @@ class ModelTier:
         return min(1.0, max(0.0, (zero.loss - theirs.loss) / max(gain, 1e-9)))
 
     def _alone(self, name: str, weight: float) -> float:
-        """Retention of w_i U_i alone."""
+        """Retention of w_i U_i alone, at most 1."""
         key = (name, weight)
-        if weight == 1.0:
+        if weight >= 1.0:
             return 1.0
         if key not in self._kept:
             own = self.snapshots[name].update
             scaled = replace(own, modules={m: u * weight for m, u in own.modules.items()})
-            self._kept[key] = self.early_retention(name, scaled)
+            self._kept[key] = min(1.0, self.early_retention(name, scaled))
         return self._kept[key]
 
     def joint_gradient_cosine(self, a: str, b: str) -> float:

@@ -269,18 +269,18 @@ def lacking(features: Mapping[str, float], method: str) -> tuple[str, ...]:
 def combine(pairs: Sequence[Forecast], n: int, method: str = "mean") -> Forecast:
     """Retention of adapter i in a set of n, from its forecasts with each of the others alone.
 
-    Second order around i's own point, the others' cross terms taken as zero: with weight w for
-    each, i loses (1 − w)² a to its own dilution and w² b_j to each other. A pair forecast holds
-    both at the pair's weight w₂; what i loses beside every partner is read as dilution, the rest
-    as that partner's interference (d_j = 1 − ρ_ij, m = max(0, min_j d_j)):
+    What i loses beside every partner is read as its own dilution (m = max(0, min_j d_j), d_j =
+    1 − ρ_ij; none for the sum), which grows as (1 − w)² with its weight w; the rest is each
+    partner's harm, and harm adds:
 
-        1 − ρ_i = m · ((1 − w)/(1 − w₂))² + Σ_j (d_j − m) · (w/w₂)²,   w = n^−e, w₂ = 2^−e
+        1 − ρ_i = m · ((1 − w)/(1 − w₂))² + (n/2)^{¾(1 − e)} Σ_j (d_j − m),   w = n^−e, w₂ = 2^−e
 
-    For the mean (e = 1) that is 4 (1 − 1/n)² m + (2/n)² Σ (d_j − m): dilution grows, each
-    partner's harm shrinks. For the sum (e = 0) there is no dilution and damage adds: Σ_j d_j.
-    The bounds go through the same formula (the pairs of one adapter err together), and damage is
-    then scaled by 1 ± 0.15 (n − 2)-fold for what the formula leaves out, a judgement: no set
-    beyond pairs was measured.
+    e is 1 for the mean, 0 for the sum. Second order without cross terms would shrink each harm
+    under the mean by (2/n)²; measured sets say otherwise. Over 110 rows of the demo's seeds 0 and
+    1 (sets of 3, 4, 5) the damage was 1.1 times Σ d_j under the mean at every size, and 1.3, 1.6
+    and 2.1 times under the sum: what counts is the others' size against i's own, and it is not
+    small. The bounds go through the same formula (the pairs of one adapter err together), and
+    damage is then scaled by 1 ± 0.15 (n − 2)-fold for what the formula leaves out, a judgement.
 
     pairs: one forecast for each of the n − 1 others; n = 1 gives 1. Retention in [−1, 1.02].
     """
@@ -293,7 +293,7 @@ def combine(pairs: Sequence[Forecast], n: int, method: str = "mean") -> Forecast
         return Forecast(retention=1.0, low=1.0, high=1.0)
     weight, pair_weight = n**-exponent, 2**-exponent
     diluted = ((1 - weight) / (1 - pair_weight)) ** 2 if exponent else 0.0
-    harmed = (weight / pair_weight) ** 2
+    harmed = (n / 2) ** (0.75 * (1.0 - exponent))
 
     def damage(retentions: Sequence[float]) -> float:
         each = [1.0 - value for value in retentions]
