@@ -1,4 +1,4 @@
-"""Forecasts at three tiers, and what could be done with each group of adapters.
+"""Forecasts at three tiers.
 
 weights: finished adapters and nothing else. file: probes. model: probes, the base model and the
 probes' calibration items. Each tier yields a `Forecaster`, which the planner asks for candidates.
@@ -6,32 +6,28 @@ probes' calibration items. Each tier yields a `Forecaster`, which the planner as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import permutations
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from mergeprobe.adapters.checkpoint import Adapter, check_same_base
+from mergeprobe.adapters.checkpoint import check_same_base
 from mergeprobe.capture.probe import Probe
-from mergeprobe.compose import prune
 from mergeprobe.errors import NotForecastable
-from mergeprobe.plan import Action, Forecast, Group, Plan
+from mergeprobe.plan import Forecast, Plan
 from mergeprobe.predict import ridge, surrogate
+from mergeprobe.predict.blend import Tier, around, blend, clip, weight_of
+from mergeprobe.predict.candidates import KEPT, METHODS, candidates
 from mergeprobe.predict.costs import resident_parameters
 from mergeprobe.predict.early import ModelTier
 from mergeprobe.predict.planner import AdapterInfo, make_plan
-from mergeprobe.predict.pruning import harmful_modules
 from mergeprobe.signals import tables
 
-Tier = Literal["weights", "file", "model"]
-METHODS = ("mean", "sum")
-KEPT = Forecast(retention=1.0, low=1.0, high=1.0)
 PASSES_A_PAIR = 6  # below this a pair is left to the file tier
-# reweighting and pruning are tried on up to three adapters whose plain merge is this near the floor
-RESCUED, RESCUE_MARGIN = 3, 0.15
 SET_MARGIN = 0.05  # sets that hold a pair this far below the floor are not measured
 
 
@@ -82,13 +78,13 @@ class Forecaster:
         assert self.model is not None
         weights = dict.fromkeys((name, *others), weight_of(method, len(others) + 1))
         try:
-            early = _clip(self.model.extrapolated_merge(name, weights))
+            early = clip(self.model.extrapolated_merge(name, weights))
         except NotForecastable:  # the budget is spent: the pairs have to do
             return combined
         self.evidence[name, others, method] = {"extrapolated_merge": early}
         # the two see different things: pairs what builds up, the set's own merge what cancels
         middle = (combined.retention + early) / 2
-        return _around(middle, combined, abs(combined.retention - early) / 2)
+        return around(middle, combined, abs(combined.retention - early) / 2)
 
     def _hopeless(self, group: Sequence[str], method: str) -> bool:
         """Whether some pair inside the group falls so far below the floor that the group will."""
@@ -121,124 +117,22 @@ class Forecaster:
             AdapterInfo(
                 probe.name,
                 max(update.r for update in probe.updates.values()),
-                self._parameters([probe.name]),
+                self.parameters([probe.name]),
                 path=str(probe.path) if probe.path and self.tier == "weights" else None,
             )
             for probe in self.probes
         ]
 
-    def _parameters(self, names: Sequence[str]) -> int:
+    def parameters(self, names: Sequence[str]) -> int:
         """Resident parameters of one adapter at the largest rank of `names`."""
         mine = [probe for probe in self.probes if probe.name in names]
         shapes = {m: u.shape for probe in mine for m, u in probe.updates.items()}
-        return resident_parameters(shapes, self._rank(names))
+        return resident_parameters(shapes, self.rank(names))
 
-    def _rank(self, names: Sequence[str]) -> int:
+    def rank(self, names: Sequence[str]) -> int:
+        """The largest rank among `names`."""
         mine = [probe for probe in self.probes if probe.name in names]
         return max(update.r for probe in mine for update in probe.updates.values())
-
-    def candidates(self, names: tuple[str, ...]) -> list[Group]:
-        """What could be done with a group: kept as it is (one adapter), merged, reweighted."""
-        common = {
-            "name": names[0],
-            "adapters": names,
-            "resident_parameters": self._parameters(names),
-        }
-        if len(names) == 1:
-            return [Group(action=Action.route, forecast={names[0]: KEPT}, **common)]
-        found = []
-        for method in METHODS:
-            forecast = {name: self.forecast(name, names, method) for name in names}
-            found.append(
-                Group(
-                    action=Action.merge,
-                    method=method,
-                    rank=self._rank(names),
-                    forecast=forecast,
-                    **common,
-                )
-            )
-        if self.model is not None and len(names) <= RESCUED and self._near_miss(found):
-            found += [*self._reweighted(names, common), *self._pruned(names, common)]
-        return found
-
-    def _near_miss(self, merges: Sequence[Group]) -> bool:
-        """Whether the better plain merge falls short of the floor, but not by much."""
-        best = max(min(f.retention for f in group.forecast.values()) for group in merges)
-        return self.floor - RESCUE_MARGIN <= best < self.floor
-
-    def _reweighted(self, names: tuple[str, ...], common: dict[str, Any]) -> list[Group]:
-        """Linear merges with other weights: the surrogate's own, and for a pair two tilts."""
-        assert self.model is not None
-        tried: list[dict[str, float]] = []
-        if self.quadratic is not None:
-            found = surrogate.reweight(self.quadratic, names, "worst", self.lengths)
-            tried.append({name: round(weight, 3) for name, weight in found.items()})
-        if len(names) == 2:
-            tried += [dict(zip(names, tilt, strict=True)) for tilt in ((0.35, 0.65), (0.65, 0.35))]
-        groups = []
-        for weights in tried:
-            if min(weights.values()) < 0.05:
-                continue  # that would be one adapter with another's name
-            try:
-                forecast = {name: self._changed(name, names, weights) for name in names}
-            except NotForecastable:  # the budget is spent
-                break
-            groups.append(
-                Group(
-                    action=Action.reweight,
-                    method="linear",
-                    weights=weights,
-                    rank=self._rank(names),
-                    forecast=forecast,
-                    **common,
-                )
-            )
-        return groups
-
-    def _pruned(self, names: tuple[str, ...], common: dict[str, Any]) -> list[Group]:
-        """The mean with those modules dropped that harm others more than they help their own."""
-        assert self.model is not None
-        mine = {probe.name: probe for probe in self.probes if probe.name in names}
-        pruned, replaced = {}, {}
-        for name in names:
-            dropped = harmful_modules(mine[name], [mine[other] for other in names if other != name])
-            if dropped.modules:
-                pruned[name] = dropped
-                replaced[name] = prune(self.model.snapshots[name].update, dropped)
-        if not pruned:
-            return []
-        weights = dict.fromkeys(names, 1.0 / len(names))
-        try:
-            forecast = {name: self._changed(name, names, weights, replaced) for name in names}
-        except NotForecastable:
-            return []
-        return [
-            Group(
-                action=Action.prune,
-                method="mean",
-                pruned=pruned,
-                rank=self._rank(names),
-                forecast=forecast,
-                **common,
-            )
-        ]
-
-    def _changed(
-        self,
-        name: str,
-        names: tuple[str, ...],
-        weights: Mapping[str, float],
-        replaced: Mapping[str, Adapter] | None = None,
-    ) -> Forecast:
-        """The mean's forecast, moved by half of what the change does to the extrapolated merge
-        (the share that the extrapolated merge has in a forecast)."""
-        assert self.model is not None
-        plain = self.forecast(name, names, "mean")
-        uniform = dict.fromkeys(names, 1.0 / len(names))
-        before = _clip(self.model.extrapolated_merge(name, uniform))
-        after = _clip(self.model.extrapolated_merge(name, weights, replaced=replaced))
-        return _around(plain.retention + (after - before) / 2, plain, 0.0)
 
     def plan(self, *, min_retention: float = 0.9, **options: Any) -> Plan:
         """The cheapest partition above the floor; see planner.make_plan."""
@@ -250,7 +144,7 @@ class Forecaster:
         first = self.probes[0].meta
         return make_plan(
             self.infos(),
-            self.candidates,
+            partial(candidates, self),
             min_retention=min_retention,
             tier=self.tier,
             base=first.get("base") or "",
@@ -302,46 +196,6 @@ FORECAST_COLUMNS: dict[str, Any] = {
         ("retention", "low", "high", "surrogate", "early_merge", "extrapolated_merge"), pl.Float64
     ),
 }
-
-
-def weight_of(method: str, count: int) -> float:
-    """The weight of each of `count` adapters: 1/T under the mean, 1 under the sum."""
-    return 1.0 if method == "sum" else 1.0 / count
-
-
-def blend(parts: Mapping[str, float], method: str, tier: Tier) -> Forecast:
-    """One forecast from its parts; a nominal 90 % interval, uncalibrated.
-
-    weights: the pilot's average (ridge on weights). file, and pairs that the model tier's budget
-    did not reach: the surrogate, with the pilot's spread around it. model: the mean of the ridge
-    and the extrapolated early merge, which err apart (the ridge has never seen a task like a
-    planted conflict, the early merge overstates damage); their disagreement widens the interval.
-    """
-    if tier == "weights":
-        return ridge.forecast_pair_weights(parts, method)
-    if tier == "file" or "extrapolated_merge" not in parts:
-        spread = ridge.forecast_pair_weights(parts, method)
-        middle = parts.get("surrogate", spread.retention)
-        return _around(middle, spread, abs(middle - spread.retention))
-    known = ridge.forecast_pair(parts, method)
-    early = _clip(parts["extrapolated_merge"])
-    return _around((known.retention + early) / 2, known, abs(known.retention - early) / 2)
-
-
-def _around(middle: float, like: Forecast, apart: float) -> Forecast:
-    """An interval around `middle` with `like`'s half-widths, or `apart` where that is wider."""
-    middle = _clip(middle)
-    below = max(like.retention - like.low, apart)
-    above = max(like.high - like.retention, apart)
-    return Forecast(
-        retention=middle,
-        low=max(ridge.LOWEST, middle - below),
-        high=max(middle, min(ridge.HIGHEST, middle + above)),
-    )
-
-
-def _clip(value: float) -> float:
-    return min(ridge.HIGHEST, max(ridge.LOWEST, value))
 
 
 def forecast_probes(

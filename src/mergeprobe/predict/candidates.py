@@ -1,0 +1,133 @@
+"""What could be done with a group of adapters, each possibility with its forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mergeprobe.adapters.checkpoint import Adapter
+from mergeprobe.compose import prune
+from mergeprobe.errors import NotForecastable
+from mergeprobe.plan import Action, Forecast, Group
+from mergeprobe.predict import surrogate
+from mergeprobe.predict.blend import around, clip
+from mergeprobe.predict.pruning import harmful_modules
+
+if TYPE_CHECKING:
+    from mergeprobe.predict.forecast import Forecaster
+
+METHODS = ("mean", "sum")
+KEPT = Forecast(retention=1.0, low=1.0, high=1.0)
+# reweighting and pruning are tried on up to three adapters whose plain merge is this near the floor
+RESCUED, RESCUE_MARGIN = 3, 0.15
+
+
+def candidates(forecaster: Forecaster, names: tuple[str, ...]) -> list[Group]:
+    """What could be done with a group: kept as it is (one adapter), merged, reweighted."""
+    common = {
+        "name": names[0],
+        "adapters": names,
+        "resident_parameters": forecaster.parameters(names),
+    }
+    if len(names) == 1:
+        return [Group(action=Action.route, forecast={names[0]: KEPT}, **common)]
+    found = []
+    for method in METHODS:
+        forecast = {name: forecaster.forecast(name, names, method) for name in names}
+        found.append(
+            Group(
+                action=Action.merge,
+                method=method,
+                rank=forecaster.rank(names),
+                forecast=forecast,
+                **common,
+            )
+        )
+    measurable = forecaster.model is not None and len(names) <= RESCUED
+    if measurable and _near_miss(found, forecaster.floor):
+        found += [*_reweighted(forecaster, names, common), *_pruned(forecaster, names, common)]
+    return found
+
+
+def _near_miss(merges: Sequence[Group], floor: float) -> bool:
+    """Whether the better plain merge falls short of the floor, but not by much."""
+    best = max(min(f.retention for f in group.forecast.values()) for group in merges)
+    return floor - RESCUE_MARGIN <= best < floor
+
+
+def _reweighted(
+    forecaster: Forecaster, names: tuple[str, ...], common: dict[str, Any]
+) -> list[Group]:
+    """Linear merges with other weights: the surrogate's own, and for a pair two tilts."""
+    assert forecaster.model is not None
+    tried: list[dict[str, float]] = []
+    if forecaster.quadratic is not None:
+        found = surrogate.reweight(forecaster.quadratic, names, "worst", forecaster.lengths)
+        tried.append({name: round(weight, 3) for name, weight in found.items()})
+    if len(names) == 2:
+        tried += [dict(zip(names, tilt, strict=True)) for tilt in ((0.35, 0.65), (0.65, 0.35))]
+    groups = []
+    for weights in tried:
+        if min(weights.values()) < 0.05:
+            continue  # that would be one adapter with another's name
+        try:
+            forecast = {name: _changed(forecaster, name, names, weights) for name in names}
+        except NotForecastable:  # the budget is spent
+            break
+        groups.append(
+            Group(
+                action=Action.reweight,
+                method="linear",
+                weights=weights,
+                rank=forecaster.rank(names),
+                forecast=forecast,
+                **common,
+            )
+        )
+    return groups
+
+
+def _pruned(forecaster: Forecaster, names: tuple[str, ...], common: dict[str, Any]) -> list[Group]:
+    """The mean with those modules dropped that harm others more than they help their own."""
+    assert forecaster.model is not None
+    mine = {probe.name: probe for probe in forecaster.probes if probe.name in names}
+    pruned, replaced = {}, {}
+    for name in names:
+        dropped = harmful_modules(mine[name], [mine[other] for other in names if other != name])
+        if dropped.modules:
+            pruned[name] = dropped
+            replaced[name] = prune(forecaster.model.snapshots[name].update, dropped)
+    if not pruned:
+        return []
+    weights = dict.fromkeys(names, 1.0 / len(names))
+    try:
+        forecast = {name: _changed(forecaster, name, names, weights, replaced) for name in names}
+    except NotForecastable:
+        return []
+    return [
+        Group(
+            action=Action.prune,
+            method="mean",
+            pruned=pruned,
+            rank=forecaster.rank(names),
+            forecast=forecast,
+            **common,
+        )
+    ]
+
+
+def _changed(
+    forecaster: Forecaster,
+    name: str,
+    names: tuple[str, ...],
+    weights: Mapping[str, float],
+    replaced: Mapping[str, Adapter] | None = None,
+) -> Forecast:
+    """The mean's forecast, moved by half of what the change does to the extrapolated merge
+    (the share that the extrapolated merge has in a forecast)."""
+    assert forecaster.model is not None
+    plain = forecaster.forecast(name, names, "mean")
+    uniform = dict.fromkeys(names, 1.0 / len(names))
+    before = clip(forecaster.model.extrapolated_merge(name, uniform))
+    after = clip(forecaster.model.extrapolated_merge(name, weights, replaced=replaced))
+    return around(plain.retention + (after - before) / 2, plain, 0.0)
