@@ -4,7 +4,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from mergeprobe.adapters.base import ALIASES, fingerprint, load_base, resolve_base
+from mergeprobe.adapters.base import (
+    ALIASES,
+    fingerprint,
+    load_base,
+    needs_unpacking,
+    resolve_base,
+)
 from mergeprobe.errors import BaseModelError
 from tests.tiny_base import tiny_model, write_tiny_base
 
@@ -69,3 +75,10 @@ def test_a_damaged_gguf_is_one_clear_line(tmp_path):
 def test_an_unknown_dtype_is_refused(tmp_path):
     with pytest.raises(BaseModelError, match="float31"):
         load_base(tmp_path, dtype="float31")
+
+
+def test_only_packed_bases_need_unpacking(tmp_path):
+    assert not needs_unpacking(write_tiny_base(tmp_path / "base"))
+    assert needs_unpacking("smollm2-135m-instruct-q4"), "the tests' cache is empty"
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    assert needs_unpacking(tmp_path / "x.gguf")

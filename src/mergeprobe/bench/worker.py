@@ -14,8 +14,9 @@ from queue import SimpleQueue
 from typing import Any
 
 
-def main(path: str, threads: int) -> None:
-    """Jobs: {"job": "probe" | "finish", "name": …} and {"job": "measure", "measurement": …}."""
+def main(path: str, threads: int, cores: int) -> None:
+    """Jobs: {"job": "probe" | "finish", "name": …}, {"job": "forecast"} and
+    {"job": "measure", "measurement": …}."""
     jobs: SimpleQueue[str] = SimpleQueue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
     # libraries print to standard output; events have it to themselves
@@ -27,6 +28,7 @@ def main(path: str, threads: int) -> None:
     torch.set_num_threads(threads)
     from mergeprobe.adapters.base import load_base
     from mergeprobe.bench.folder import RunFolder
+    from mergeprobe.bench.forecasting import forecast_and_plan
     from mergeprobe.bench.measure import Bench, Measurement
     from mergeprobe.bench.training import train
     from mergeprobe.errors import MergeProbeError
@@ -45,6 +47,10 @@ def main(path: str, threads: int) -> None:
             if job["job"] == "measure":
                 spec = job["measurement"]
                 bench.run(Measurement(spec["method"], tuple(spec["adapters"]), spec["rank"]))
+            elif job["job"] == "forecast":
+                torch.set_num_threads(cores)  # the other workers wait for the plan
+                forecast_and_plan(folder, base, lambda message: say("forecast", message=message))
+                torch.set_num_threads(threads)
             else:
                 name = job["name"]
 
@@ -65,4 +71,4 @@ def _listen(jobs: SimpleQueue[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
