@@ -5,13 +5,21 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mergeprobe.capture import Probe, ProbeRecorder, probe_step, read_probe, take_probe
+from mergeprobe.capture import (
+    Probe,
+    ProbeRecorder,
+    probe_step,
+    read_probe,
+    take_probe,
+    write_probe,
+)
 from mergeprobe.capture.batch import Batch, completion_logits, item_scores, token_losses
 from mergeprobe.capture.model import adapted_modules, current_update, measuring
 from mergeprobe.capture.moments import MomentSketch
 from mergeprobe.capture.recorder import record
 from mergeprobe.capture.sketch import projection, sketch_update
 from mergeprobe.errors import ProbeError
+from mergeprobe.lowrank import LowRank
 
 
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
@@ -245,3 +253,16 @@ def test_damaged_probe_is_one_clear_line(tmp_path, damage):
         read_probe(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_moment_of_one_direction_is_written(tmp_path):
+    """A column of a column-major matrix counts as contiguous, but not with a last stride of 1."""
+    sketch = MomentSketch(40)
+    sketch.add(torch.ones(5, 1) @ torch.randn(1, 40, generator=torch.Generator().manual_seed(0)))
+    moment = sketch.moment()
+    assert moment.factor.shape == (40, 1)
+    assert moment.tail == pytest.approx(0.0, abs=1e-6)
+    update = LowRank(torch.ones(40, 1), torch.ones(1, 40))
+    write_probe(Probe("x", {"m": update}, inputs={"m": moment}), tmp_path / "x.safetensors")
+    again = read_probe(tmp_path / "x.safetensors").inputs["m"]
+    assert torch.allclose(again.factor, moment.factor, rtol=0.01)

@@ -192,7 +192,10 @@ def write_probe(probe: Probe, path: str | Path, *, force: bool = True) -> Path:
         value = getattr(probe, part)
         if value is not None:
             tensors |= {f"{part}:{field}": tensor for field, tensor in vars(value).items()}
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    tensors = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in tensors.items()
+    }
     text = json.dumps(
         {
             **probe.meta,
@@ -290,6 +293,8 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for key, value in sorted(tensors):
         total.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())
         total.update(
-            value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+            value.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+            if value.numel()
+            else b""
         )
     return total.hexdigest()
