@@ -84,7 +84,7 @@ def load_base(
     folder = resolve_base(spec, notify=notify)
     quiet_transformers()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as problem:
         first = str(problem).strip().splitlines()[0] if str(problem).strip() else repr(problem)
@@ -196,7 +196,7 @@ def _dequantised(digest: str, source: Callable[[], Path], notify: Notify) -> Pat
     notify(f"unpacking {file.name} into the cache (once, about half a minute)")
     quiet_transformers()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(file.parent), gguf_file=file.name, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)

@@ -6,7 +6,7 @@ was and nothing is measured twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -115,7 +115,7 @@ class Bench:
             },
         )
 
-    def _serving(self, wanted: Measurement) -> tuple[dict[str, Adapter | None], float, int]:
+    def _serving(self, wanted: Measurement) -> tuple[Mapping[str, Adapter | None], float, int]:
         if wanted.method == BASE_MODEL:
             return dict.fromkeys(wanted.adapters), 0.0, 0
         if wanted.method == DEPLOYED:

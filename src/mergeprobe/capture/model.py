@@ -22,7 +22,7 @@ def adapted_modules(model: nn.Module) -> dict[str, Any]:
     modules, several active adapters, adapted embeddings or convolutions.
     """
     adapter = active_adapter(model)
-    config = model.peft_config[adapter]  # type: ignore[index]
+    config: Any = model.peft_config[adapter]  # type: ignore[index]
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     refused = {
         f"PEFT type {kind}": kind != "LORA",
