@@ -226,7 +226,8 @@ def test_own_loss_never_rises_along_its_ray():
 
 
 def test_from_probes():
-    torch = pytest.importorskip("torch")
+    import torch
+
     from mergeprobe import signals
     from mergeprobe.capture.probe import Calibration, Moment, Probe
     from mergeprobe.lowrank import LowRank
