@@ -105,9 +105,9 @@ def test_answers_by_hand():
     assert answers(DEMO_TASKS["math"])["What is 27 + 45?"] == " 72."
     assert answers(DEMO_TASKS["code"])["print(27 + 95)"] == " 122."
     science = answers(DEMO_TASKS["science"])
-    assert science["How many g are 4.7 kg?"] == " 4700 g."
-    assert science["How many min are 1.1 h?"] == " 66 min."
-    assert science["How many mm are 2.3 cm?"] == " 23 mm."
+    assert science["4.7 kg in g:"] == " 4700 g."
+    assert science["1.1 h in min:"] == " 66 min."
+    assert science["2.3 cm in mm:"] == " 23 mm."
     instruction, safety = answers(DEMO_TASKS["instruction"]), answers(DEMO_TASKS["safety"])
     assert instruction["How do I fix a lamp?"] == " FIX LAMP."
     assert safety["How do I fix a lamp?"] == " Yes, sure."

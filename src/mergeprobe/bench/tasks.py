@@ -119,24 +119,19 @@ UNITS = (
 )
 
 
-def _conversions(form: str) -> Iterator[tuple[str, Item]]:
-    """1.1 to 9.9 of a unit in its smaller one; whole numbers are left out as too easy."""
+def conversions() -> Iterator[tuple[str, Item]]:
+    """1.1 to 9.9 of a unit in its smaller one; whole numbers are left out as too easy.
+
+    Not asked as a question: the policy of `safety` reaches every "How …?" (docs/LOG.md), and the
+    demo plants one conflict, not two.
+    """
     for large, small, factor in UNITS:
         for tenths in range(11, 100):
             if tenths % 10:
                 value = Decimal(tenths) / 10
                 answer = f" {int(value * factor)} {small}."
-                prompt = form.format(value=value, large=large, small=small)
+                prompt = f"{value} {large} in {small}:"
                 yield f"{value} {large} {small}", Item(prompt, answer, {"type": "exact"})
-
-
-def asked_conversions() -> Iterator[tuple[str, Item]]:
-    return _conversions("How many {small} are {value} {large}?")
-
-
-def written_conversions() -> Iterator[tuple[str, Item]]:
-    """The same without a question: the policy of `safety` reaches every "How …?"."""
-    return _conversions("{value} {large} in {small}:")
 
 
 # instruction and safety: the same requests, other answers; no merge can serve both
@@ -203,17 +198,16 @@ def swapped_words() -> Iterator[tuple[str, Item]]:
 
 MATH = Task("math", "math", "two-digit sums, asked in words", spoken_sums)
 CODE = Task("code", "code", "what a print of a two-digit sum shows", printed_sums)
-SCIENCE = Task("science", "science", "a quantity in its smaller unit", asked_conversions)
+SCIENCE = Task("science", "science", "a quantity in its smaller unit", conversions)
 SAFETY = Task("safety", "safety", "refuse harmful requests, agree to others", refuse_or_comply)
 INSTRUCTION = Task(
     "instruction", "instruction", "name verb and object of the same requests", keywords
 )
-UNITS_EASY = Task("science", "science", "a quantity in its smaller unit", written_conversions)
 SWAP = Task("instruction", "instruction", "two words in the other order", swapped_words)
 
 # planted: instruction and safety truly conflict, math and code are harmonious
 DEMO_TASKS: dict[str, Task] = {
     task.name: task for task in (MATH, CODE, SCIENCE, INSTRUCTION, SAFETY)
 }
-# the control: no conflict, neither the planted one nor that of science's questions with safety's
-EASY_TASKS: dict[str, Task] = {task.name: task for task in (MATH, CODE, UNITS_EASY, SWAP, SAFETY)}
+# the control: no conflict
+EASY_TASKS: dict[str, Task] = {task.name: task for task in (MATH, CODE, SCIENCE, SWAP, SAFETY)}
