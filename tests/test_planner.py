@@ -223,6 +223,18 @@ def test_ties_go_to_the_worst_case_then_the_mean():
     assert [group.method for group in plan.groups] == ["high-mean", None]
 
 
+def test_between_equally_cheap_partitions_the_more_certain_one_wins():
+    """b merges with a, with more certainty, or with c, with a higher forecast; not with both."""
+    table = {
+        "a+b": [merged({"a": 0.93, "b": 0.93}, half_width=0.05)],
+        "b+c": [merged({"b": 0.97, "c": 0.97}, half_width=0.4)],
+        "a+c": [merged({"a": 0.89, "c": 0.89}, half_width=0.01)],  # certain to fall short
+    }
+    plan = make_plan(info(*"abc"), offer(table), tier="file")
+    assert [group.name for group in plan.groups] == ["a+b", "c"]
+    assert plan.frontier[0].worst_retention == 0.97  # the frontier is in the point forecast
+
+
 def test_merging_all_can_pay_where_merging_two_does_not():
     """Ten alone at rank 1 hold 10/8 of what all ten merged at rank 8 hold, two only 2/8."""
     names = [f"t{i}" for i in range(10)]

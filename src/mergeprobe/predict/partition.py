@@ -7,7 +7,8 @@ are whole billionths, so that sums are exact and equal partitions compare equal.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import ge
 
 from mergeprobe.plan import Group
 
@@ -19,8 +20,8 @@ NO_FLOOR = -(10**30)  # below any retention
 class Option:
     """One thing that can be done with one set of adapters.
 
-    worst: lowest retention among members; total: their sum; both in billionths.
-    parameters: resident.
+    worst: lowest retention among members; total: their sum; low_worst, low_total: the same of
+    the intervals' low ends; all in billionths. parameters: resident.
     """
 
     mask: int
@@ -28,6 +29,8 @@ class Option:
     worst: int
     total: int
     parameters: int
+    low_worst: int
+    low_total: int
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,16 @@ Solve = Callable[[int], Partition | None]  # floor in billionths -> cheapest par
 
 
 def pareto(options: Sequence[Option]) -> tuple[Option, ...]:
-    """Those that no other beats on parameters, worst and total; of equals the first."""
+    """Those that no other beats on parameters and all four retentions; of equals the first."""
     kept: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.parameters, -o.worst, -o.total)):
-        if not any(other.worst >= option.worst and other.total >= option.total for other in kept):
+    for option in sorted(options, key=lambda o: (o.parameters, *(-v for v in _kept(o)))):
+        if not any(all(map(ge, _kept(other), _kept(option))) for other in kept):
             kept.append(option)
     return tuple(kept)
+
+
+def _kept(option: Option) -> tuple[int, int, int, int]:
+    return option.worst, option.total, option.low_worst, option.low_total
 
 
 def cheapest(options: Sequence[Option], floor: int) -> Option | None:
@@ -143,3 +150,16 @@ def tightened(solve: Solve, floor: int) -> list[Partition]:
             break
         steps.append(higher)
     return steps
+
+
+def cautious(options: Options, floor: int) -> Options:
+    """The options that keep `floor`, measured by their intervals' low ends."""
+
+    def lowered(mask: int) -> tuple[Option, ...]:
+        return tuple(
+            replace(option, worst=option.low_worst, total=option.low_total)
+            for option in options(mask)
+            if option.worst >= floor
+        )
+
+    return lowered

@@ -22,15 +22,18 @@ from mergeprobe.plan import (
 )
 from mergeprobe.predict.partition import (
     BILLION,
+    NO_FLOOR,
     Option,
     Options,
     Partition,
+    cautious,
     exact,
     frontier,
     pareto,
+    tightened,
 )
 from mergeprobe.predict.reasons import Confidence, Setting, group_reasons, number, plan_reasons
-from mergeprobe.predict.search import searched_frontier
+from mergeprobe.predict.search import local_search, searched_frontier
 from mergeprobe.predict.separation import SEPARABLE_AUC, prompt_auc, separable
 
 EXACT_UP_TO = 8  # Bell(8) = 4,140 partitions of 255 sets; beyond, a local search
@@ -74,8 +77,10 @@ def make_plan(
     or the low end of its interval has to keep it; the frontier is in the same measure.
     prompt_features: see separation.prompt_auc; needed for route_by="prompt".
 
-    Ties go to the higher worst case, then the higher mean. Exact up to 8 adapters, a local
-    search beyond. If nothing keeps the floor the best worst case is taken and the reasons say so.
+    Ties go to the partition whose lowest low end is highest, then to the higher sum of low ends:
+    between two that are forecast to do, the one that is more certain to. Exact up to 8 adapters, a
+    local search beyond. If nothing keeps the floor the best worst case is taken and the reasons
+    say so.
     The frontier is ascending in parameters and always holds full routing, even if dominated.
     Raises PlanError.
     """
@@ -88,7 +93,7 @@ def make_plan(
     else:
         points = searched_frontier(options, len(names), floor)
     reaching = [point for point in points if point.worst >= floor]
-    chosen = reaching[0] if reaching else points[-1]
+    chosen = _most_certain(reaching[0], options, len(names), floor) if reaching else points[-1]
     setting = Setting(
         names=names,
         parameters=tuple(adapter.parameters for adapter in adapters),
@@ -118,6 +123,17 @@ def make_plan(
         reasons=(*plan_reasons(setting, chosen, points), *routed, *caution),
         missing=tuple(missing),
     )
+
+
+def _most_certain(cheapest: Partition, options: Options, count: int, floor: int) -> Partition:
+    """Of the partitions as cheap that keep the floor, the one with the highest low end."""
+    lowered = cautious(options, floor)
+    solve = exact(lowered, count) if count <= EXACT_UP_TO else local_search(lowered, count)
+    found = tightened(solve, NO_FLOOR)
+    if not found or found[-1].parameters > cheapest.parameters:  # a local search can miss it
+        return cheapest
+    by_group = {id(o.group): o for part in found[-1].options for o in options(part.mask)}
+    return Partition(tuple(by_group[id(part.group)] for part in found[-1].options))
 
 
 def _check(adapters: Sequence[AdapterInfo], min_retention: float) -> None:
@@ -161,11 +177,18 @@ def _option(group: Group, members: tuple[str, ...], mask: int, confidence: Confi
     if group.resident_parameters is None:
         raise PlanError(f"a candidate for {list(members)} does not say its resident_parameters")
     forecasts = [group.forecast[name] for name in members]
-    kept = [
-        round((forecast.retention if confidence == "point" else forecast.low) * BILLION)
-        for forecast in forecasts
-    ]
-    return Option(mask, group, min(kept), sum(kept), group.resident_parameters)
+    point = [round(forecast.retention * BILLION) for forecast in forecasts]
+    low = [round(forecast.low * BILLION) for forecast in forecasts]
+    kept = point if confidence == "point" else low
+    return Option(
+        mask,
+        group,
+        worst=min(kept),
+        total=sum(kept),
+        parameters=group.resident_parameters,
+        low_worst=min(low),
+        low_total=sum(low),
+    )
 
 
 def _written(setting: Setting, chosen: Partition) -> tuple[Group, ...]:
