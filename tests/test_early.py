@@ -12,7 +12,8 @@ from mergeprobe.capture.batch import encode, item_scores
 from mergeprobe.capture.probe import Calibration, Probe, provenance
 from mergeprobe.errors import BaseModelError, NotForecastable
 from mergeprobe.lowrank import LowRank
-from mergeprobe.predict.early import EARLY_SIGNALS, markdown, open_tier, reach
+from mergeprobe.predict.early import open_tier, reach
+from mergeprobe.predict.early_signals import EARLY_SIGNALS, markdown
 from mergeprobe.predict.forecast import forecast_probes
 from mergeprobe.predict.pruning import harmful_modules
 from tests.tiny_base import tiny_model, tiny_tokenizer

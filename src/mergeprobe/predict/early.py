@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from mergeprobe.adapters.attach import attached
 from mergeprobe.adapters.base import Base
 from mergeprobe.adapters.checkpoint import Adapter
-from mergeprobe.capture.batch import Batch, item_scores, takes_logits_to_keep
+from mergeprobe.capture.batch import Batch, item_scores
 from mergeprobe.capture.model import measuring
 from mergeprobe.capture.probe import Probe
 from mergeprobe.capture.recorder import record
 from mergeprobe.compose import merge
 from mergeprobe.errors import BaseModelError, NotForecastable
+from mergeprobe.predict.states import State, distance, js, kl, state_of, top1_disagreement
 
 LENGTHS = (1, 2, 4, 8, 16, 32)
-LATE = 28 / 30  # the depth at which "late" states are read
 # measured norm growth gave exponents of 0.32 to 0.47; directions still turn, so less is taken
 GROWTH_EXPONENT = 0.25
 Progress = Callable[[str], None]
@@ -57,17 +57,6 @@ class Snapshot:
     def own_gain(self) -> float:
         """[L(θ₀) − L(θ₀ + U)] / L(θ₀), relative: 1 is a perfect fit."""
         return float((self.base_loss.mean() - self.own_loss.mean()) / self.base_loss.mean())
-
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """A model at one point on one batch, at answer positions. late, final: hidden states after
-    layer ⌊0.93 L⌉ and after the final norm; logprob: next-token log-probabilities; loss: nats."""
-
-    late: Float[Tensor, "tokens hidden"]
-    final: Float[Tensor, "tokens hidden"]
-    logprob: Float[Tensor, "tokens vocab"]
-    loss: float
 
 
 @dataclass
@@ -101,7 +90,7 @@ class ModelTier:
         key = (of, point)
         if key not in self._states:
             self.spend()
-            found = _state(self.base, self.snapshots[of].batch, update)
+            found = state_of(self.base, self.snapshots[of].batch, update)
             if not keep:
                 return found
             self._states[key] = found
@@ -113,8 +102,8 @@ class ModelTier:
         """Every model-tier signal of adapter `name` inside `group` (itself included).
 
         For a pair {i, j} these are the signals of SIGNALS.md. In a larger set the others act as
-        one: U_j becomes their sum. Columns are described in `EARLY_SIGNALS`; those that depend on
-        the merge carry its name (`..._sum`, `..._mean`).
+        one: U_j becomes their sum. Columns are described in `early_signals`; those that depend
+        on the merge carry its name (`..._sum`, `..._mean`).
         """
         others = tuple(sorted(set(group) - {name}))
         key = (name, others, method)
@@ -132,22 +121,22 @@ class ModelTier:
         merged = self.state(
             name, (method, others), merge([own.update, *updates], method).adapter, keep=False
         )
-        step_late, step_final = _distance(alone.late, zero.late), _distance(alone.final, zero.final)
+        step_late, step_final = distance(alone.late, zero.late), distance(alone.final, zero.final)
         gain = max(zero.loss - alone.loss, 1e-9)
         lengths = [self.snapshots[o].length for o in others]
         return {
             "own_gain": own.own_gain,
             "log_c": math.log(own.length),
             "log_c_ratio": sum(map(math.log, lengths)) / len(lengths) - math.log(own.length),
-            "disturbance_late": _distance(other.late, zero.late) / step_late,
-            "disturbance_final": _distance(other.final, zero.final) / step_final,
-            f"nonadditivity_{method}_late": _distance(merged.late, alone.late) / step_late,
-            f"nonadditivity_{method}_final": _distance(merged.final, alone.final) / step_final,
-            f"kl_merge_{method}": _kl(alone.logprob, merged.logprob),
-            "kl_base_other": _kl(zero.logprob, other.logprob),
-            "kl_own_other": _kl(alone.logprob, other.logprob),
-            "js_own_other": _js(alone.logprob, other.logprob),
-            "top1_disagreement": _disagree(zero.logprob, other.logprob),
+            "disturbance_late": distance(other.late, zero.late) / step_late,
+            "disturbance_final": distance(other.final, zero.final) / step_final,
+            f"nonadditivity_{method}_late": distance(merged.late, alone.late) / step_late,
+            f"nonadditivity_{method}_final": distance(merged.final, alone.final) / step_final,
+            f"kl_merge_{method}": kl(alone.logprob, merged.logprob),
+            "kl_base_other": kl(zero.logprob, other.logprob),
+            "kl_own_other": kl(alone.logprob, other.logprob),
+            "js_own_other": js(alone.logprob, other.logprob),
+            "top1_disagreement": top1_disagreement(zero.logprob, other.logprob),
             f"early_retention_{method}": (zero.loss - merged.loss) / gain,
             "early_transfer": (other.loss - zero.loss) / gain,
         }
@@ -234,38 +223,6 @@ class ModelTier:
         return self._rows[key]["cosine"]
 
 
-EARLY_SIGNALS: dict[str, str] = {
-    "own_gain": "[L(θ₀) − L(θ₀+U_i)]/L(θ₀) on i's items; guard and baseline; ≤ 1",
-    "log_c": "log c*_i, natural; 0 to log 32",
-    "log_c_ratio": "mean over the others of log c*_j, minus log c*_i",
-    "disturbance_late": "‖h(θ₀+U_j) − h(θ₀)‖/‖h(θ₀+U_i) − h(θ₀)‖ after layer ⌊0.93 L⌉; ≥ 0",
-    "disturbance_final": "the same after the final norm",
-    "nonadditivity_<method>_late": "‖h(merged) − h(θ₀+U_i)‖/‖h(θ₀+U_i) − h(θ₀)‖; ≥ 0",
-    "nonadditivity_<method>_final": "the same after the final norm",
-    "kl_merge_<method>": "KL(p_i ‖ p_merged), nats per answer token",
-    "kl_base_other": "KL(p_0 ‖ p_j), nats per answer token",
-    "kl_own_other": "KL(p_i ‖ p_j), nats per answer token",
-    "js_own_other": "JS(p_i, p_j), nats per answer token; 0 to log 2",
-    "top1_disagreement": "share of answer tokens where p_0 and p_j have another first choice",
-    "early_retention_<method>": "gain retention of the snapshots' own merge; ≤ about 1",
-    "early_transfer": "[L_i(θ₀+U_j) − L_i(θ₀)] over i's own gain in nats; below 0 j helps i",
-    "extrapolated_merge": "early merge, the others at `reach` times c*, over own dilution; ≤ 1",
-    "joint_gradient_cosine": "cosine of G_i and G_j at θ₀ + U_i + U_j; −1 to 1",
-}
-
-
-def markdown() -> str:
-    """EARLY_SIGNALS as docs/early-signals.md."""
-    rows = "\n".join(f"| `{name}` | {text} |" for name, text in EARLY_SIGNALS.items())
-    return (
-        "# Early signals (model tier)\n\n"
-        "Measured by running snapshots, each scaled to its own best length, on adapter i's own\n"
-        "calibration items (U_i = c* ΔW_i; j is the other adapter, or the sum of the others). This "
-        "page is\n`mergeprobe.predict.early.markdown()`; a test keeps the two in step.\n\n"
-        f"| signal | what, unit, range |\n|---|---|\n{rows}\n"
-    )
-
-
 def open_tier(
     base: Base,
     probes: Sequence[Probe],
@@ -329,60 +286,6 @@ def reach(probe: Probe) -> float:
     if not step or not planned or planned <= step:
         return 1.0
     return (planned / step) ** GROWTH_EXPONENT
-
-
-@torch.no_grad()
-def _state(base: Base, batch: Batch, update: Adapter | None) -> State:
-    model = base.model
-    batch = batch.to(base.device)
-    predicts = batch.completion_mask[:, 1:].bool()
-    needed = predicts.any(0).nonzero().squeeze(1)
-    kept = {"logits_to_keep": needed} if takes_logits_to_keep(model) else {}
-    with attached(model, update.modules if update else {}):
-        out = model(
-            input_ids=batch.ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            output_hidden_states=True,
-            **kept,
-        )
-    logits = out.logits if kept else out.logits[:, needed]
-    logprob = logits[predicts[:, needed]].float().log_softmax(-1)
-    targets = batch.ids[:, 1:][predicts]
-    layers = len(out.hidden_states) - 1
-    return State(
-        late=out.hidden_states[round(LATE * layers)][:, :-1][predicts].float(),
-        final=out.hidden_states[-1][:, :-1][predicts].float(),
-        logprob=logprob,
-        loss=_mean_item_loss(logprob, targets, predicts),
-    )
-
-
-def _mean_item_loss(logprob: Tensor, targets: Tensor, predicts: Tensor) -> float:
-    """Mean over items of the mean token loss, as item_scores counts it."""
-    picked = -logprob.gather(-1, targets[:, None]).squeeze(-1).double()
-    items = torch.arange(len(predicts), device=predicts.device)[:, None].expand_as(predicts)
-    total = torch.zeros(len(predicts), dtype=torch.float64, device=predicts.device)
-    total.index_add_(0, items[predicts], picked)
-    return float((total / predicts.sum(1)).mean())
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    return max(float(torch.linalg.vector_norm(a - b)), 1e-9)
-
-
-def _kl(p: Tensor, q: Tensor) -> float:
-    """KL(p ‖ q) from log-probabilities, mean over tokens, nats."""
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def _js(p: Tensor, q: Tensor) -> float:
-    middle = torch.logaddexp(p, q) - math.log(2)
-    return (_kl(p, middle) + _kl(q, middle)) / 2
-
-
-def _disagree(p: Tensor, q: Tensor) -> float:
-    return float((p.argmax(-1) != q.argmax(-1)).float().mean())
 
 
 def _stack(sketches: Mapping[str, Tensor]) -> Tensor:
