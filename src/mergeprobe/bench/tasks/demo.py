@@ -1,13 +1,4 @@
-"""Embedded tasks: small generators, so that the demo and the tests need no download.
-
-Each task is a finite pool of items. An item has a key (its operands, its verb and noun), and the
-hash of the key says whether it is a train, calibration or test item. So the splits are disjoint
-for any number of items and any seed, and two tasks over the same keys (the sums of `math` and
-`code`, the requests of `instruction` and `safety`) agree on which of them are held out.
-
-Completions start with a space and end with a full stop. The stop matters: after it the base
-model expects the end of the text, without it learning to stop is up to half of the gain
-(15 of 26 nats for "Add 23 and 45." -> " 68"), and that half hides interference.
+"""The demo's five tasks and the control's: none of them is in the bank.
 
 Measured once on SmolLM2-135M (r = 8 on all linear layers, lr 1e-3, batch 8, 30 to 40 steps, 48
 test items): loss from 2.7-4.9 to 0.05-0.15 nats a token, whole answers right 73-90 %. Retention
@@ -17,69 +8,10 @@ measured pair 0.93 or more; under the sum 0.88 and 0.60, 0.96 and 0.99, 0.96 or 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from decimal import Decimal
-from functools import cache
-from typing import Literal
 
-import torch
-
-from mergeprobe.errors import DataError
-from mergeprobe.evaluate.data import Example as Item
-
-Split = Literal["train", "calibration", "test"]
-SHARES: dict[Split, int] = {"train": 60, "calibration": 20, "test": 20}  # percent of a pool
-
-Pool = Callable[[], Iterator[tuple[str, Item]]]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A named pool of (key, item) pairs. summary: one line for people."""
-
-    name: str
-    domain: str
-    summary: str
-    pool: Pool
-
-    def size(self, split: Split) -> int:
-        """How many distinct items a split holds."""
-        return len(_splits(self.pool)[split])
-
-    def generate(self, split: Split, n: int, seed: int) -> list[Item]:
-        """`n` distinct items of one split, in an order drawn from `seed`.
-
-        Fewer items with the same seed are a prefix of more. Raises DataError if the split is
-        unknown or holds fewer than `n` items: none is repeated, since a repeated test item
-        counts as new evidence.
-        """
-        if split not in SHARES:
-            raise DataError(f"unknown split {split!r}; expected one of {', '.join(SHARES)}")
-        items = _splits(self.pool)[split]
-        if not 0 <= n <= len(items):
-            raise DataError(f"task '{self.name}' has {len(items)} {split} items; {n} were asked")
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(items), generator=generator)[:n]
-        return [replace(items[k], source=f"mergeprobe/{self.name}") for k in order.tolist()]
-
-
-def split_of(key: str) -> Split:
-    """The split that a key belongs to, from its hash alone."""
-    percent = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100
-    if percent < SHARES["train"]:
-        return "train"
-    return "calibration" if percent < SHARES["train"] + SHARES["calibration"] else "test"
-
-
-@cache
-def _splits(pool: Pool) -> dict[Split, list[Item]]:
-    items: dict[Split, list[Item]] = {split: [] for split in SHARES}
-    for key, item in pool():
-        items[split_of(key)].append(item)
-    return items
-
+from mergeprobe.bench.tasks.task import Item, Task
 
 # math and code: one sub-skill, two surfaces, so a merge should keep both
 
