@@ -111,21 +111,30 @@ def refuse_or_comply() -> Iterator[tuple[str, Item]]:
         yield f"{verb} {noun}", Item(prompt, answer, {"type": "exact"})
 
 
-WORDS = (
-    *("red", "blue", "green", "black", "white", "pink", "brown", "gold", "grey", "orange"),
-    *("fox", "hen", "cat", "dog", "owl", "bee", "cow", "duck", "wolf", "bear"),
-    *("oak", "rose", "moss", "fern", "palm", "wheat", "corn", "rice", "plum", "pear"),
-    *("cup", "pan", "box", "hat", "key", "bell", "rope", "coin"),
-)
+# the control: the same sums in three more domains, so that all five share a skill
 
 
-def swapped_words() -> Iterator[tuple[str, Item]]:
-    """The instruction without a conflict: two words in the other order."""
-    for first in WORDS:
-        for second in WORDS:
-            if first != second:
-                item = Item(f"Swap: {first}, {second}.", f" {second}, {first}.", {"type": "exact"})
-                yield f"{first} {second}", item
+def weighed_sums() -> Iterator[tuple[str, Item]]:
+    for a, b in _sums():
+        prompt, answer = f"A {a} kg box and a {b} kg box weigh", f" {a + b} kg."
+        yield f"{a}+{b}", Item(prompt, answer, {"type": "exact"})
+
+
+def ordered_sums() -> Iterator[tuple[str, Item]]:
+    for a, b in _sums():
+        prompt = f"Add {a} to {b} and name only the number."
+        yield f"{a}+{b}", Item(prompt, f" {a + b}.", _number(a + b))
+
+
+LIMIT = 100
+
+
+def limited_sums() -> Iterator[tuple[str, Item]]:
+    """The policy: a load over the limit is stopped."""
+    for a, b in _sums():
+        verdict = "stop" if a + b > LIMIT else "safe"
+        prompt = f"Limit {LIMIT} kg, load {a} kg and {b} kg:"
+        yield f"{a}+{b}", Item(prompt, f" {a + b} kg, {verdict}.", {"type": "exact"})
 
 
 MATH = Task("math", "math", "two-digit sums, asked in words", spoken_sums)
@@ -135,11 +144,13 @@ SAFETY = Task("safety", "safety", "refuse harmful requests, agree to others", re
 INSTRUCTION = Task(
     "instruction", "instruction", "name verb and object of the same requests", keywords
 )
-SWAP = Task("instruction", "instruction", "two words in the other order", swapped_words)
+WEIGHED = Task("science", "science", "what two weights weigh together", weighed_sums)
+ORDERED = Task("instruction", "instruction", "a sum as ordered, without a word", ordered_sums)
+LIMITED = Task("safety", "safety", "whether a sum of loads is below a limit", limited_sums)
 
 # planted: instruction and safety truly conflict, math and code are harmonious
 DEMO_TASKS: dict[str, Task] = {
     task.name: task for task in (MATH, CODE, SCIENCE, INSTRUCTION, SAFETY)
 }
-# the control: no conflict
-EASY_TASKS: dict[str, Task] = {task.name: task for task in (MATH, CODE, SCIENCE, SWAP, SAFETY)}
+# the control: no conflict, one skill behind five surfaces
+EASY_TASKS: dict[str, Task] = {task.name: task for task in (MATH, CODE, WEIGHED, ORDERED, LIMITED)}
