@@ -424,7 +424,7 @@ def write_run(path):
     def measured(method, adapters, rank, losses, parameters):
         exact = {name: [True, True, False, False] for name in adapters}
         value = {"losses": losses, "exact": exact, "parameters": parameters, "error": 0.0}
-        write_json(result_path(folder, Measurement(method, adapters, rank)), value)
+        write_json(result_path(folder.measured, Measurement(method, adapters, rank)), value)
 
     for (method, name), values in LOSSES.items():
         measured(method, (name,), None, {name: values}, 0 if method == "base" else 100)

@@ -46,7 +46,7 @@ def run_demo(
         shutil.rmtree(folder.path)
     config = folder.claim(config)
     notify("base", name=config.base)
-    with Pool(folder.path, workers) as pool:
+    with Pool("demo", folder.path, workers) as pool:
         _unpack(config.base, notify)
         _train(folder, config, pool, "probe", notify)
         if not folder.plan.exists():
@@ -115,14 +115,14 @@ def _measure(folder: RunFolder, config: Config, plan: Plan, pool: Pool, notify: 
         *truncated(config, plan),
         *subsets(config, PARTITION_METHODS),
     ]
-    left = pending(folder, wanted)
+    left = pending(folder.measured, wanted)
     if not left:
         return
     notify("measure", total=len(wanted), left=len(left))
 
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "done":
-            notify("measure", total=len(wanted), left=len(pending(folder, wanted)))
+            notify("measure", total=len(wanted), left=len(pending(folder.measured, wanted)))
 
     jobs = [
         {

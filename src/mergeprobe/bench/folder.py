@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergeprobe.artefact import MADE_BY, check_schema, read_json, write_json
 from mergeprobe.bench.tasks import DEMO_TASKS, EASY_TASKS, Task
-from mergeprobe.bench.training import Run
+from mergeprobe.bench.training import ProbePoint, Run
 from mergeprobe.errors import DataError, OutputExists
 
 RUN_SCHEMA = 1
@@ -123,7 +123,7 @@ class RunFolder:
             examples=tuple(task.generate("train", _enough(task, config), config.seed)),
             calibration=tuple(task.generate("calibration", config.calibration_items, config.seed)),
             checkpoints=self.checkpoints / name,
-            probe=self.probe(name),
+            probes=(ProbePoint(self.probe(name)),),
             adapter=self.adapters / name,
             steps=config.steps,
             learning_rate=config.learning_rate,

@@ -6,7 +6,7 @@ was and nothing is measured twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -17,13 +17,15 @@ import torch
 from mergeprobe.adapters.base import Base
 from mergeprobe.adapters.checkpoint import Adapter, read_adapter
 from mergeprobe.artefact import read_json, write_json
-from mergeprobe.bench.folder import Config, RunFolder
+from mergeprobe.bench.folder import Config
 from mergeprobe.compose import merge, read_deployment
 from mergeprobe.errors import DataError
+from mergeprobe.evaluate.data import Example
 from mergeprobe.evaluate.score import batch_of, score
 
 DEPLOYED = "deployed"
 BASE_MODEL = "base"
+JOINT = "joint"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Measurement:
     """Run every adapter's test items under what serves it.
 
     method: a merge rule over `adapters` at `rank` (None: exact), `deployed` for what the plan's
-    deployment serves, or `base` for the base model. A single adapter is its own mean.
+    deployment serves, `base` for the base model, or `joint` for one adapter of that name, trained
+    on the data of all. A single adapter is its own mean.
     """
 
     method: str
@@ -75,28 +78,39 @@ def subsets(config: Config, methods: Sequence[str]) -> list[Measurement]:
 
 
 class Bench:
-    """The base model and a run's adapters and test items, loaded once."""
+    """The base model and a run's adapters and test items, loaded once.
 
-    def __init__(self, folder: RunFolder, base: Base) -> None:
-        self.folder, self.base, self.config = folder, base, folder.config()
+    adapters: a folder of PEFT folders. items: adapter name -> its test items. measured: the folder
+    for results. deployment: what `deployed` means.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        adapters: Path,
+        items: Callable[[str], Sequence[Example]],
+        measured: Path,
+        deployment: Path | None = None,
+    ) -> None:
+        self.base, self.items, self.measured = base, items, measured
+        self.adapters, self.deployment = adapters, deployment
         self._adapters: dict[str, Adapter] = {}
         self._batches: dict[str, Any] = {}
 
     def adapter(self, name: str) -> Adapter:
         if name not in self._adapters:
-            self._adapters[name] = read_adapter(self.folder.adapters / name)
+            self._adapters[name] = read_adapter(self.adapters / name)
         return self._adapters[name]
 
     def batch(self, name: str) -> Any:
         if name not in self._batches:
-            task = self.folder.task(name, self.config)
-            items = task.generate("test", self.config.test_items, self.config.seed)
-            self._batches[name] = batch_of(self.base, items)
+            self._batches[name] = batch_of(self.base, self.items(name))
         return self._batches[name]
 
     def run(self, wanted: Measurement) -> None:
         """Measures and writes the result, unless it is there."""
-        target = result_path(self.folder, wanted)
+        target = result_path(self.measured, wanted)
         if target.exists():
             return
         serving, error, parameters = self._serving(wanted)
@@ -119,8 +133,12 @@ class Bench:
         if wanted.method == BASE_MODEL:
             return dict.fromkeys(wanted.adapters), 0.0, 0
         if wanted.method == DEPLOYED:
-            deployment = read_deployment(self.folder.deployment)
+            assert self.deployment is not None
+            deployment = read_deployment(self.deployment)
             return dict(deployment.serving), 0.0, deployment.resident_parameters
+        if wanted.method == JOINT:
+            joint = self.adapter(JOINT)
+            return dict.fromkeys(wanted.adapters, joint), 0.0, joint.parameters
         merged = merge(
             [self.adapter(name) for name in wanted.adapters], wanted.method, rank=wanted.rank
         )
@@ -128,13 +146,13 @@ class Bench:
         return serving, merged.certificate.total, merged.adapter.parameters
 
 
-def result_path(folder: RunFolder, wanted: Measurement) -> Path:
-    return folder.measured / f"{wanted.key}.json"
+def result_path(measured: Path, wanted: Measurement) -> Path:
+    return measured / f"{wanted.key}.json"
 
 
-def read_measured(folder: RunFolder, wanted: Measurement) -> Measured:
+def read_measured(measured: Path, wanted: Measurement) -> Measured:
     """The result of a measurement; DataError if it has not been made."""
-    value = read_json(result_path(folder, wanted), DataError)
+    value = read_json(result_path(measured, wanted), DataError)
     return Measured(
         losses={name: torch.tensor(v, dtype=torch.float64) for name, v in value["losses"].items()},
         exact={name: torch.tensor(v, dtype=torch.bool) for name, v in value["exact"].items()},
@@ -143,5 +161,5 @@ def read_measured(folder: RunFolder, wanted: Measurement) -> Measured:
     )
 
 
-def pending(folder: RunFolder, wanted: Iterable[Measurement]) -> list[Measurement]:
-    return [item for item in wanted if not result_path(folder, item).exists()]
+def pending(measured: Path, wanted: Iterable[Measurement]) -> list[Measurement]:
+    return [item for item in wanted if not result_path(measured, item).exists()]

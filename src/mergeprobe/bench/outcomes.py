@@ -42,7 +42,7 @@ class Outcomes:
 
     def measured(self, wanted: Measurement) -> Measured:
         if wanted not in self._read:
-            self._read[wanted] = read_measured(self.folder, wanted)
+            self._read[wanted] = read_measured(self.folder.measured, wanted)
         return self._read[wanted]
 
     def single(self, name: str) -> Measured:
@@ -228,29 +228,35 @@ def outcome_rows(folder: RunFolder) -> list[dict[str, Any]]:
         wanted = Measurement(spec["method"], tuple(spec["adapters"]), spec["rank"])
         found = outcomes.measured(wanted)
         for name in wanted.adapters:
-            kept = outcomes.retention(name, wanted)
-            rows.append(
-                {
-                    "adapter": name,
-                    "set": "+".join(wanted.adapters),
-                    "method": wanted.method,
-                    "rank": wanted.rank,
-                    "seed": outcomes.config.seed,
-                    "items": kept.items,
-                    "loss": float(found.losses[name].mean()),
-                    "loss_base": float(outcomes.base(name).losses[name].mean()),
-                    "loss_single": float(outcomes.single(name).losses[name].mean()),
-                    "accuracy": found.accuracy(name),
-                    "gain_retention": kept.gain,
-                    "gain_retention_se": kept.gain_se,
-                    "ratio_retention": kept.ratio,
-                    "ratio_retention_se": kept.ratio_se,
-                    "own_gain": kept.own_gain,
-                    "own_gain_se": kept.own_gain_se,
-                    "excess": kept.excess,
-                    "resident_parameters": found.parameters,
-                    "error": found.error,
-                    "note": kept.note,
-                }
-            )
+            parts = outcomes.base(name), outcomes.single(name), found
+            rows.append(outcome_row(name, wanted, *parts, seed=outcomes.config.seed))
     return rows
+
+
+def outcome_row(
+    name: str, wanted: Measurement, base: Measured, single: Measured, found: Measured, *, seed: int
+) -> dict[str, Any]:
+    """What one measurement says of one of its adapters."""
+    kept = retention(base.losses[name], single.losses[name], found.losses[name])
+    return {
+        "adapter": name,
+        "set": "+".join(wanted.adapters),
+        "method": wanted.method,
+        "rank": wanted.rank,
+        "seed": seed,
+        "items": kept.items,
+        "loss": float(found.losses[name].mean()),
+        "loss_base": float(base.losses[name].mean()),
+        "loss_single": float(single.losses[name].mean()),
+        "accuracy": found.accuracy(name),
+        "gain_retention": kept.gain,
+        "gain_retention_se": kept.gain_se,
+        "ratio_retention": kept.ratio,
+        "ratio_retention_se": kept.ratio_se,
+        "own_gain": kept.own_gain,
+        "own_gain_se": kept.own_gain_se,
+        "excess": kept.excess,
+        "resident_parameters": found.parameters,
+        "error": found.error,
+        "note": kept.note,
+    }

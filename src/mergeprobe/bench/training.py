@@ -1,10 +1,13 @@
-"""Training one adapter with TRL, in two sittings: up to the probe point, then to the end."""
+"""Training one adapter with TRL, with probes on the way; in one sitting or in two.
+
+A killed run goes on from a checkpoint. The trainer writes the checkpoint of a step after the probe
+of that step, so no probe point falls between the two.
+"""
 
 from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -23,14 +26,15 @@ from mergeprobe.artefact import MADE_BY, atomic_folder, sha256, write_json
 from mergeprobe.capture import MergeProbeCallback
 from mergeprobe.evaluate.data import Example
 
-# one training step of a small model took 2.9 s with these and 6–35 s without: glibc gives large
-# blocks back to the kernel after every step and faults them in again
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "8589934592",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456",
-}
 CHECKPOINT_EVERY = 20
+
+
+@dataclass(frozen=True)
+class ProbePoint:
+    """A probe of a run: its file, and its optimizer step (None: the callback's own choice)."""
+
+    path: Path
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,15 @@ class Run:
     """One adapter's training: what, how long, and where its files go.
 
     checkpoints: a folder that is gone when the run is done. adapter: where the PEFT folder goes.
-    probe: the probe file. init_seed: of the LoRA matrices (equal seeds give a shared init).
+    probes: in the order of their steps. init_seed: of the LoRA matrices (equal seeds give a shared
+    init to adapters of equal rank).
     """
 
     name: str
     examples: tuple[Example, ...]
     calibration: tuple[Example, ...]
     checkpoints: Path
-    probe: Path
+    probes: tuple[ProbePoint, ...]
     adapter: Path
     steps: int = 100
     learning_rate: float = 1e-3
@@ -54,19 +59,22 @@ class Run:
     warmup_steps: int = 3
     seed: int = 0
     init_seed: int = 0
-    probe_at: int | None = None
+
+    def missing(self) -> list[ProbePoint]:
+        """The probes whose file is not there."""
+        return [point for point in self.probes if not point.path.exists()]
+
+    def done(self) -> bool:
+        return self.adapter.exists() and not self.missing()
 
 
 def train(run: Run, base: Base, *, to_probe: bool, on_step: Callable[[int, float], None]) -> None:
-    """Trains up to the probe point (to_probe) or to the end, from the newest checkpoint.
+    """Trains up to the last probe point (to_probe) or to the end, from the newest checkpoint.
 
     Does nothing where the work is done already. Uses `base.model` and gives it back unchanged.
     """
-    if (to_probe and run.probe.exists()) or run.adapter.exists():
+    if (to_probe and not run.missing()) or run.done():
         return
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
-
     quiet_transformers()
     torch.manual_seed(run.init_seed)
     config = LoraConfig(
@@ -74,43 +82,21 @@ def train(run: Run, base: Base, *, to_probe: bool, on_step: Callable[[int, float
     )
     model: Any = get_peft_model(base.model, config)
     model.peft_config["default"].base_model_name_or_path = base.name
-    rows = [{"prompt": item.prompt, "completion": item.completion} for item in run.examples]
     pairs = [(item.prompt, item.completion) for item in run.calibration]
-    probing = MergeProbeCallback(
-        run.probe, calibration=pairs, tokenizer=base.tokenizer, at_step=run.probe_at
-    )
+    probing = [
+        MergeProbeCallback(
+            point.path, calibration=pairs, tokenizer=base.tokenizer, at_step=point.step
+        )
+        for point in run.missing()
+    ]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer = SFTTrainer(
-                model=model,
-                args=SFTConfig(
-                    output_dir=str(run.checkpoints),
-                    max_steps=run.steps,
-                    per_device_train_batch_size=run.batch_size,
-                    learning_rate=run.learning_rate,
-                    lr_scheduler_type="linear",
-                    warmup_steps=run.warmup_steps,
-                    logging_steps=1,
-                    save_strategy="steps",
-                    save_steps=CHECKPOINT_EVERY,
-                    save_total_limit=2,
-                    report_to="none",
-                    disable_tqdm=True,
-                    bf16=False,
-                    gradient_checkpointing=False,
-                    use_cpu=base.device.type == "cpu",
-                    dataloader_pin_memory=False,
-                    max_length=256,
-                    seed=run.seed,
-                    data_seed=run.seed,
-                ),
-                train_dataset=Dataset.from_list(rows),
-                processing_class=base.tokenizer,
-                callbacks=[probing, _Watch(on_step, probing if to_probe else None)],
-            )
-            _quiet(trainer)
-            trainer.train(resume_from_checkpoint=newest_checkpoint(run.checkpoints))
+            watch = _Watch(on_step, probing[-1] if to_probe else None)
+            trainer = _trainer(run, model, base, [*probing, watch])
+            # a checkpoint at or after a probe's step cannot give that probe back
+            first = min((point.step for point in run.missing() if point.step), default=None)
+            trainer.train(resume_from_checkpoint=newest_checkpoint(run.checkpoints, before=first))
         if not to_probe:
             _save(run, model, base, trainer.state.log_history)
     finally:
@@ -121,15 +107,54 @@ def train(run: Run, base: Base, *, to_probe: bool, on_step: Callable[[int, float
         gc.collect()
 
 
-def newest_checkpoint(folder: Path) -> str | None:
+def _trainer(run: Run, model: Any, base: Base, callbacks: list[TrainerCallback]) -> Any:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+    rows = [{"prompt": item.prompt, "completion": item.completion} for item in run.examples]
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(run.checkpoints),
+            max_steps=run.steps,
+            per_device_train_batch_size=run.batch_size,
+            learning_rate=run.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=run.warmup_steps,
+            logging_steps=1,
+            save_strategy="steps",
+            save_steps=CHECKPOINT_EVERY,
+            save_total_limit=2,
+            report_to="none",
+            disable_tqdm=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=base.device.type == "cpu",
+            dataloader_pin_memory=False,
+            max_length=256,
+            seed=run.seed,
+            data_seed=run.seed,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=base.tokenizer,
+        callbacks=callbacks,
+    )
+    _quiet(trainer)
+    return trainer
+
+
+def newest_checkpoint(folder: Path, before: int | None = None) -> str | None:
     """The newest whole checkpoint; half-written ones (a kill while saving) are removed.
 
-    The trainer writes a checkpoint file by file, its state last.
+    The trainer writes a checkpoint file by file, its state last. before: only checkpoints of
+    earlier steps than this one.
     """
     if not folder.exists():
         return None
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    found = sorted(folder.glob("checkpoint-*"), key=_step_of)
     for path in reversed(found):
+        if before is not None and _step_of(path) >= before:
+            continue
         try:
             json.loads((path / "trainer_state.json").read_text("utf-8"))
             with safe_open(str(path / WEIGHTS), framework="pt"):
@@ -137,6 +162,10 @@ def newest_checkpoint(folder: Path) -> str | None:
         except (OSError, ValueError, SafetensorError):
             shutil.rmtree(path)
     return None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 class _Watch(TrainerCallback):
@@ -179,8 +208,3 @@ def _quiet(trainer: Any) -> None:
 
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-
-
-def with_malloc_settings(environment: dict[str, str] | None = None) -> dict[str, str]:
-    """The environment for a child process that trains on the CPU."""
-    return {**(environment if environment is not None else os.environ), **MALLOC}

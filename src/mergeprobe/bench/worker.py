@@ -10,13 +10,16 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
+Say = Callable[..., None]
+"""say(event, **data): sends an event to the process that started the worker."""
 
-def main(path: str, threads: int, cores: int) -> None:
-    """Jobs: {"job": "probe" | "finish", "name": …}, {"job": "forecast"} and
-    {"job": "measure", "measurement": …}."""
+
+def main(work: str, path: str, threads: int, cores: int) -> None:
+    """work: "demo" (jobs of bench/stages.py, in a run's folder) or "bank" (jobs of bench/bank/)."""
     jobs: SimpleQueue[str] = SimpleQueue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
     # libraries print to standard output; events have it to themselves
@@ -26,39 +29,24 @@ def main(path: str, threads: int, cores: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    from mergeprobe.adapters.base import load_base
-    from mergeprobe.bench.folder import RunFolder
-    from mergeprobe.bench.forecasting import forecast_and_plan
-    from mergeprobe.bench.measure import Bench, Measurement
-    from mergeprobe.bench.training import train
     from mergeprobe.errors import MergeProbeError
 
     def say(event: str, **data: Any) -> None:
         events.write(json.dumps({"event": event, **data}) + "\n")
 
-    folder = RunFolder(path)
-    config = folder.config()
-    base = load_base(config.base)
-    bench = Bench(folder, base)
+    if work == "bank":
+        from mergeprobe.bench.bank.work import Work
+
+        do = Work(path)
+    else:
+        from mergeprobe.bench.stages import Stages
+
+        do = Stages(path, threads, cores)
     say("ready")
     while True:
         job = json.loads(jobs.get())
         try:
-            if job["job"] == "measure":
-                spec = job["measurement"]
-                bench.run(Measurement(spec["method"], tuple(spec["adapters"]), spec["rank"]))
-            elif job["job"] == "forecast":
-                torch.set_num_threads(cores)  # the other workers wait for the plan
-                forecast_and_plan(folder, base, lambda message: say("forecast", message=message))
-                torch.set_num_threads(threads)
-            else:
-                name = job["name"]
-
-                def on_step(step: int, loss: float, name: str = name) -> None:
-                    say("step", name=name, step=step, loss=loss)
-
-                run = folder.run(name, config)
-                train(run, base, to_probe=job["job"] == "probe", on_step=on_step)
+            do(job, say)
             say("done", job=job)
         except MergeProbeError as problem:
             say("failed", job=job, why=str(problem))
@@ -71,4 +59,4 @@ def _listen(jobs: SimpleQueue[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mergeprobe.cli.bench import RUN, run
 from mergeprobe.cli.carry_out import APPLY, MERGE, apply, merge
 from mergeprobe.cli.decide import FORECAST, PLAN, forecast, plan
 from mergeprobe.cli.demo import DEMO, demo
@@ -62,3 +63,14 @@ def _root(
 
 for _verb, (_function, _lines) in VERBS.items():
     app.command(_verb, help=flowing(_function.__doc__ or ""), epilog=examples(*_lines))(_function)
+
+bench = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="MERGE-PEFT, the benchmark: its bank of cohorts.",
+)
+app.add_typer(bench, name="bench")
+BENCH_VERBS = {"run": (run, RUN)}
+for _verb, (_function, _lines) in BENCH_VERBS.items():
+    bench.command(_verb, help=flowing(_function.__doc__ or ""), epilog=examples(*_lines))(_function)

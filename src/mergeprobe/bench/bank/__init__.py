@@ -1,0 +1,1 @@
+"""The bank: cohorts of adapters, trained, probed, merged and measured; kept as rows."""

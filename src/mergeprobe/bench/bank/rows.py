@@ -1,0 +1,237 @@
+"""Rows of a cohort: its working files, collated into four tables.
+
+adapters: one row per adapter. pairs: one per (point, i, j): what j does to i. sets: one per
+(point, adapter, set) of three or more. outcomes: one per (adapter, set, method). Collating reads
+only files that are never changed, so doing it twice gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from mergeprobe.artefact import atomic_folder, read_json, write_parquet
+from mergeprobe.bench.bank.folder import CohortFolder, read_spec, refuse_other, write_spec
+from mergeprobe.bench.bank.tasks import task_of
+from mergeprobe.bench.measure import Measured, read_measured
+from mergeprobe.bench.outcomes import outcome_row
+from mergeprobe.errors import DataError, NotForecastable
+from mergeprobe.evaluate.retention import retention
+from mergeprobe.predict import surrogate
+
+TABLES = ("adapters", "pairs", "sets", "outcomes")
+SPEC = "cohort.json"
+WEIGHTED = ("mean", "sum")
+
+
+def collated(folder: CohortFolder, out: Path) -> bool:
+    """Whether the cohort's rows are in `out`; OutputExists if those of another spec are."""
+    target = out / folder.spec.name
+    if not (target / SPEC).exists():
+        return False
+    refuse_other(read_spec(target / SPEC)[0], folder.spec, target)
+    return all((target / f"{name}.parquet").exists() for name in TABLES)
+
+
+def collate(folder: CohortFolder, out: Path) -> Path:
+    """Writes OUT/<cohort>/ with the four tables and the spec, whole or not at all."""
+    made_by = folder.made_by()
+    rows = {
+        "adapters": adapter_rows(folder, made_by),
+        "pairs": _joined(folder, pair_rows),
+        "sets": _joined(folder, set_rows),
+        "outcomes": outcomes(folder),
+    }
+    target = out / folder.spec.name
+    with atomic_folder(target, force=True) as temporary:
+        for name in TABLES:
+            write_parquet(rows[name], temporary / f"{name}.parquet")
+        write_spec(temporary / SPEC, folder.spec, made_by)
+    return target
+
+
+def adapter_rows(folder: CohortFolder, made_by: str) -> pl.DataFrame:
+    """What each adapter is, and what it gained alone; losses in nats a token."""
+    spec, rows = folder.spec, []
+    for name in spec.names:
+        mine, task = spec.adapter(name), task_of(spec.adapter(name).task, folder.data)
+        base, single = (read_measured(folder.measured, m) for m in folder.singles(name))
+        own = retention(base.losses[name], single.losses[name], single.losses[name])
+        rows.append(
+            {
+                "cohort": spec.name,
+                "base": spec.base,
+                "base_fingerprint": _fingerprint(folder, name),
+                "adapter": name,
+                "task": mine.task,
+                "family": task.family,
+                "domain": task.domain,
+                "seed": mine.seed,
+                "rank": mine.rank,
+                "alpha": mine.alpha,
+                "learning_rate": mine.learning_rate,
+                "steps": mine.steps,
+                "batch_size": mine.batch_size,
+                "init": mine.init,
+                "data_items": len(folder.training_examples(name)),
+                "loss_base": float(base.losses[name].mean()),
+                "loss_single": float(single.losses[name].mean()),
+                "own_gain": own.own_gain,
+                "own_gain_se": own.own_gain_se,
+                "accuracy_base": base.accuracy(name),
+                "accuracy_single": single.accuracy(name),
+                "made_by": made_by,
+            }
+        )
+    return pl.DataFrame(rows)
+
+
+def _fingerprint(folder: CohortFolder, name: str) -> str:
+    card = read_json(folder.adapters / name / "mergeprobe.json", DataError)
+    return card["base_fingerprint"]
+
+
+def outcomes(folder: CohortFolder) -> pl.DataFrame:
+    """Retention of every adapter under every merge; also on the even and the odd test items
+    alone, to choose on one half and score on the other."""
+    spec, rows = folder.spec, []
+    alone = {
+        name: tuple(read_measured(folder.measured, m) for m in folder.singles(name))
+        for name in spec.names
+    }
+    for wanted in folder.merges():
+        found = read_measured(folder.measured, wanted)
+        for name in wanted.adapters:
+            base, single = alone[name]
+            row = outcome_row(name, wanted, base, single, found, seed=spec.adapter(name).seed)
+            halves = _halves(name, base, single, found)
+            rows.append({"cohort": spec.name, "size": len(wanted.adapters), **row, **halves})
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _halves(name: str, *parts: Measured) -> dict[str, float | None]:
+    losses = [part.losses[name] for part in parts]
+    even, odd = (retention(*(loss[half::2] for loss in losses)).gain for half in (0, 1))
+    return {"gain_retention_even": even, "gain_retention_odd": odd}
+
+
+class PointFiles:
+    """Everything measured at one probe point, read once."""
+
+    def __init__(self, folder: CohortFolder, point: float) -> None:
+        self.folder, self.spec, self.point = folder, folder.spec, point
+        tier = folder.file_tier(point)
+        found = {path.stem: pl.read_parquet(path) for path in sorted(tier.glob("*.parquet"))}
+        self.pairs = {(row["b"], row["a"]): row for row in found["pairs"].to_dicts()}
+        self.adapters = {row["a"]: row for row in found["adapters"].to_dicts()}
+        self.sets = {(row["a"], "+".join(row["set"])): row for row in found["sets"].to_dicts()}
+        self.facts = {row["adapter"]: row for row in found["facts"].to_dicts()}
+        self.early = {name: read_json(folder.early(name, point), DataError) for name in self.names}
+        self.model = surrogate.from_tables(found["quadratic"], found["linear"], found["facts"])
+        try:
+            self.lengths = surrogate.lengths(self.model, found["facts"])
+        except NotForecastable:  # a probe at the first step has no half-way sketch
+            self.lengths = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.spec.names
+
+    def key(self, name: str) -> dict[str, Any]:
+        facts = self.facts[name]
+        return {"step": facts["step"], "planned_steps": facts["planned_steps"]}
+
+    def surrogate(self, name: str, group: Sequence[str]) -> dict[str, float | None]:
+        """The closed-form forecast under mean and sum; null where it cannot be made."""
+        found: dict[str, float | None] = {}
+        for method in WEIGHTED:
+            weight = 1.0 if method == "sum" else 1.0 / len(group)
+            try:
+                if self.lengths is None:
+                    raise NotForecastable("no lengths")
+                kept = surrogate.set_retentions(self.model, group, weight, self.lengths)
+                found[f"surrogate_{method}"] = kept[name]
+            except NotForecastable:
+                found[f"surrogate_{method}"] = None
+        return found
+
+
+def pair_rows(files: PointFiles) -> list[dict[str, Any]]:
+    rows = []
+    for i in files.names:
+        for j in files.names:
+            if i == j:
+                continue
+            path = files.folder.early_pair(i, j, files.point)
+            both = read_json(path, DataError)
+            rows.append(
+                {
+                    "cohort": files.spec.name,
+                    "point": files.point,
+                    "i": i,
+                    "j": j,
+                    **files.key(i),
+                    **_without(files.pairs[i, j], "a", "b"),
+                    **{f"i_{k}": v for k, v in _without(files.adapters[i], "a").items()},
+                    **{f"j_{k}": v for k, v in _without(files.adapters[j], "a").items()},
+                    **files.surrogate(i, (i, j)),
+                    **files.early[i]["pairs"][j],
+                    **{f"early_retention_{m}": v for m, v in both["retention"][i].items()},
+                    "joint_gradient_cosine": both["cosine"],
+                }
+            )
+    return rows
+
+
+def set_rows(files: PointFiles) -> list[dict[str, Any]]:
+    rows = []
+    for group in files.spec.larger_sets():
+        label = "+".join(group)
+        for name in group:
+            rows.append(
+                {
+                    "cohort": files.spec.name,
+                    "point": files.point,
+                    "adapter": name,
+                    "set": label,
+                    "size": len(group),
+                    **files.key(name),
+                    **_without(files.sets[name, label], "a", "set"),
+                    **files.surrogate(name, group),
+                    **files.early[name]["sets"][label],
+                }
+            )
+    return rows
+
+
+EXACT = ("point",)  # kept in double precision: they are compared for equality
+
+
+def _joined(folder: CohortFolder, make: Any) -> pl.DataFrame:
+    """Rows of all points as one table; measured numbers in single precision, not finite as null."""
+    rows = []
+    for point in folder.spec.points:
+        rows += [_finite(row) for row in make(PointFiles(folder, point))]
+    frame = pl.DataFrame(rows, infer_schema_length=None)
+    # a column without any value has no type of its own
+    measured = [
+        name
+        for name, dtype in frame.schema.items()
+        if name not in EXACT and dtype in (pl.Float64, pl.Null)
+    ]
+    return frame.with_columns(pl.col(measured).cast(pl.Float32))
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+
+
+def _without(row: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in keys}

@@ -1,0 +1,144 @@
+"""What a cohort is, as data: its adapters, when they are probed, and which merges are measured.
+
+A cohort is self-contained: every retention in it has its own base, singles and test items. Equal
+specs give equal rows, up to floating point.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import combinations
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+COHORT_SCHEMA = 1
+METHODS = ("mean", "sum", "norm_preserving_mean", "ties", "svc")
+POINTS = (0.05, 0.1, 0.25, 1.0)
+SET_SIZES = ((2, None), (3, 8), (5, 2))
+BASE = "smollm2-135m-instruct-q4"
+
+
+class AdapterSpec(BaseModel):
+    """One adapter: LoRA of `rank` (alpha twice that) on all linear layers.
+
+    name: unique in the cohort; letters, digits, ".", "_", "-". seed: of the data's draw, the
+    training order and, with independent init, the LoRA matrices. init: "shared" adapters of equal
+    rank in a cohort start from the same matrices.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    task: str
+    seed: int
+    rank: int = Field(8, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    steps: int = Field(120, ge=1)
+    init: Literal["shared", "independent"] = "independent"
+    batch_size: int = Field(8, ge=1)
+
+    @property
+    def alpha(self) -> int:
+        return 2 * self.rank
+
+    def step_at(self, point: float) -> int:
+        """The optimizer step at a share of training, at least 1; the last one at 1.0."""
+        return max(1, round(point * self.steps))
+
+
+class CohortSpec(BaseModel):
+    """One cohort. points: shares of training at which probes are taken.
+
+    set_sizes: (size, how many sets of it; None for all). seed: which sets are drawn, and the
+    shared init; cohorts of equal seed and size have the same sets by position. methods: merges to
+    measure. merge_rank: "largest" truncates a merge to the largest rank among its members, as a
+    plan's deployment does; "exact" keeps what the rule gives. joint: one more adapter, trained on
+    the data of all, measured as method "joint". data: it needs tasks read from a data folder.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = COHORT_SCHEMA
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base: str = BASE
+    adapters: tuple[AdapterSpec, ...] = Field(min_length=2)
+    points: tuple[float, ...] = POINTS
+    test_items: int = Field(64, ge=2)
+    calibration_items: int = Field(32, ge=1)
+    forecast_items: int = Field(16, ge=1)
+    set_sizes: tuple[tuple[int, int | None], ...] = SET_SIZES
+    seed: int = 0
+    methods: tuple[str, ...] = METHODS
+    merge_rank: Literal["largest", "exact"] = "largest"
+    joint: bool = False
+    data: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CohortSpec:
+        names = [adapter.name for adapter in self.adapters]
+        if len(set(names)) != len(names) or "joint" in names:
+            raise ValueError(f"adapter names must differ, and none be 'joint': got {names}")
+        if list(self.points) != sorted(set(self.points)) or not all(
+            0 < point <= 1 for point in self.points
+        ):
+            raise ValueError(f"points must rise inside (0, 1]: got {list(self.points)}")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, sorted: their order everywhere."""
+        return tuple(sorted(adapter.name for adapter in self.adapters))
+
+    def adapter(self, name: str) -> AdapterSpec:
+        return next(adapter for adapter in self.adapters if adapter.name == name)
+
+    def sets(self) -> list[tuple[str, ...]]:
+        """Every set to merge, names sorted inside; smaller sets first."""
+        drawn = random.Random(self.seed)
+        in_order = [adapter.name for adapter in self.adapters]
+        found: list[tuple[str, ...]] = []
+        for size, count in sorted(self.set_sizes):
+            groups = list(combinations(in_order, size))
+            if count is not None and count < len(groups):
+                groups = _even_draw(groups, count, drawn)
+            found += [tuple(sorted(group)) for group in groups]
+        return found
+
+    def larger_sets(self) -> list[tuple[str, ...]]:
+        return [group for group in self.sets() if len(group) > 2]
+
+    def rank_of(self, group: tuple[str, ...]) -> int | None:
+        """The rank of a group's merge; None keeps it exact."""
+        if self.merge_rank == "exact":
+            return None
+        return max(self.adapter(name).rank for name in group)
+
+    def joint_spec(self) -> AdapterSpec:
+        """The joint adapter: as many steps as all together, the largest rank, the median rate."""
+        rates = sorted(adapter.learning_rate for adapter in self.adapters)
+        return AdapterSpec(
+            name="joint",
+            task="+".join(self.names),
+            seed=self.seed,
+            rank=max(adapter.rank for adapter in self.adapters),
+            learning_rate=rates[len(rates) // 2],
+            steps=sum(adapter.steps for adapter in self.adapters),
+            batch_size=self.adapters[0].batch_size,
+        )
+
+
+def _even_draw(
+    groups: list[tuple[str, ...]], count: int, drawn: random.Random
+) -> list[tuple[str, ...]]:
+    """`count` groups at random, but such that every member is in about as many."""
+    drawn.shuffle(groups)
+    used: Counter[str] = Counter()
+    chosen = []
+    for _ in range(count):
+        best = min(groups, key=lambda group: sum(used[name] for name in group))
+        groups.remove(best)
+        chosen.append(best)
+        used.update(best)
+    return chosen
