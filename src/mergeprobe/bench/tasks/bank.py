@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from mergeprobe.bench.tasks import code, extra, instruction, math, safety, science
+from mergeprobe.bench.tasks.gym import GYM_TASKS
+from mergeprobe.bench.tasks.real import real_tasks
 from mergeprobe.bench.tasks.task import Task
+from mergeprobe.errors import DataError
 
 BANK_TASKS: dict[str, Task] = {
     task.name: task
     for domain in (math, code, science, instruction, safety, extra)
     for task in domain.TASKS
 }
+
+
+def find_task(name: str, data: str | Path | None = None) -> Task:
+    """The embedded, reasoning-gym or, with a data folder, real task of that name.
+
+    Raises DataError if there is none.
+    """
+    tasks = BANK_TASKS | GYM_TASKS | (real_tasks(data) if data else {})
+    if name not in tasks:
+        hint = "" if data else "; a real one needs a data folder (--data)"
+        raise DataError(f"no task '{name}'; expected one of {', '.join(tasks)}{hint}")
+    return tasks[name]
+
 
 Kind = Literal["same_family", "conflict", "harmony"]
 
@@ -70,4 +87,7 @@ RELATIONS: tuple[Relation, ...] = (
     Relation("spell", "backwards", "harmony", "letters of invented words"),
     Relation("letter_count", "no_vowels", "harmony", "letters of words"),
     Relation("injection", "lookalike", "harmony", "telling true from forged"),
+    Relation("gym_gcd", "gym_fraction", "harmony", "common divisors"),
+    Relation("gsm8k", "svamp", "harmony", "word problems"),
+    Relation("openbookqa", "arc", "harmony", "choices in science"),
 )

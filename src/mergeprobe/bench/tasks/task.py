@@ -66,7 +66,8 @@ class Task:
             raise DataError(f"task '{self.name}' has {len(items)} {split} items; {n} were asked")
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(items), generator=generator)[:n]
-        return [replace(items[k], source=f"mergeprobe/{self.name}") for k in order.tolist()]
+        chosen = [items[k] for k in order.tolist()]
+        return [replace(item, source=item.source or f"mergeprobe/{self.name}") for item in chosen]
 
 
 def split_of(key: str) -> Split:
