@@ -236,9 +236,7 @@ def read_probe(path: str | Path) -> Probe:
         meta = json.loads(header["mergeprobe"])
         schema = meta.get("schema")
         newer = isinstance(schema, int) and schema > PROBE_SCHEMA  # may be sealed in another way
-        # the first probes have no digest of their header
-        sealed = header.get("header_digest", "")
-        if not newer and sealed not in ("", _text_digest(header["mergeprobe"])):
+        if not newer and header.get("header_digest") != _text_digest(header["mergeprobe"]):
             raise ProbeError(f"'{path}' is damaged: its header does not match its digest")
         check_schema(schema, PROBE_SCHEMA, f"probe '{path}'", ProbeError)
         if header.get("digest") != _digest(tensors.items()):

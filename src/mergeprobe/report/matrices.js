@@ -142,7 +142,10 @@ function layers() {
     ({ name, line: steps.map((x) => mean(line.get(x) || [])) }));
   if (!choice) grid.sort((a, b) => mean(b.line.filter(known)) - mean(a.line.filter(known)));
   grid.reverse(); // plotly draws the first row at the bottom
-  const z = grid.map((row) => row.line), scale = scaleOf(z.flat(), null, "");
+  // one loud layer must not pale all others: the strongest twentieth shares the last colour
+  const z = grid.map((row) => row.line), values = z.flat().filter(known).sort((a, b) => a - b);
+  const top = values[Math.floor(0.95 * (values.length - 1))];
+  const scale = scaleOf(values.map((v) => Math.min(v, top)), null, "");
   const ends = [];
   for (let i = 0; i <= 20; i++) {
     const value = scale.low + (scale.high - scale.low) * i / 20;

@@ -221,7 +221,8 @@ def _sections(data: ReportData, charts: dict) -> list[Section]:
         Section(
             "layers",
             "Interference by layer",
-            "Where in the model one adapter's update disturbs another's; stronger colour is more.",
+            "Where in the model one adapter's update disturbs another's; stronger colour is more, "
+            "and the strongest twentieth share the last colour.",
             _switch("layers", "Show") + layers if layers else "",
         ),
         Section(
