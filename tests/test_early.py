@@ -170,7 +170,7 @@ def test_an_adapter_beside_its_own_copy_is_not_disturbed_by_the_mean(base, probe
 def test_extrapolated_merge_by_hand(base, probes, tier):
     one, two = probes[:2]
     a, b = (tier.snapshots[p.name] for p in (one, two))
-    assert b.reach == pytest.approx(10**0.25)  # step 10 of 100
+    assert b.reach == pytest.approx(max(1.0, 10**0.25 / b.length))  # step 10 of 100
     zero = mean_loss(base.model, base, "sums")
     alone = mean_loss(dense(base, (one.updates, a.length)), base, "sums")
     half = mean_loss(dense(base, (one.updates, a.length / 2)), base, "sums")
@@ -196,8 +196,15 @@ def test_extrapolated_merge_by_hand(base, probes, tier):
 
 def test_reach_of_a_finished_run_is_one(probes):
     meta = provenance(step=100, planned_steps=100)
-    assert reach(Probe("x", probes[0].updates, meta=meta)) == 1.0
-    assert reach(Probe("x", probes[0].updates, meta=provenance(finished=True))) == 1.0
+    assert reach(Probe("x", probes[0].updates, meta=meta), 1.0) == 1.0
+    assert reach(Probe("x", probes[0].updates, meta=provenance(finished=True)), 1.0) == 1.0
+
+
+def test_reach_makes_up_what_the_best_length_lacks(probes):
+    probe = Probe("x", probes[0].updates, meta=provenance(step=6, planned_steps=96))
+    assert reach(probe, 1.0) == 2.0  # 16^¼
+    assert reach(probe, 1.6) == 1.25
+    assert reach(probe, 4.0) == 1.0  # c* is already longer
 
 
 def test_the_budget_is_kept(base, probes):

@@ -6,9 +6,9 @@ c* = argmin over c ∈ {1, 2, 4, … 32} of L(θ₀ + c ΔW) on its own calibrat
 Everything here is measured teacher-forced on adapter i's own items, at answer positions.
 
 c* is where an early direction serves its own task best, not how long the update will be: training
-goes on and norms grow (2.2 to 3.3 times from step 8 to step 100 in the demo). So the extrapolated
-early merge keeps i at c* and takes the others at `reach` times theirs, reach = (T/s)^¼ for a
-snapshot at step s of T.
+goes on and norms grow (2.2 to 3.3 times from step 8 to step 100 in the demo, whatever c* is). So the
+extrapolated early merge keeps i at c* and takes the others at `reach` times theirs, which makes
+them max(c*, (T/s)^¼) times as long as the snapshot at step s of T.
 """
 
 from __future__ import annotations
@@ -277,15 +277,15 @@ def _scaled(tier: ModelTier, probe: Probe, batch: Batch) -> Snapshot:
             break
     assert best_loss is not None
     scaled = replace(adapter, modules={m: u * best for m, u in adapter.modules.items()})
-    return Snapshot(probe.name, scaled, batch, best, reach(probe), base_loss, best_loss)
+    return Snapshot(probe.name, scaled, batch, best, reach(probe, best), base_loss, best_loss)
 
 
-def reach(probe: Probe) -> float:
-    """(T/s)^¼, at least 1; 1 for a finished adapter or where the plan is unknown."""
+def reach(probe: Probe, length: float) -> float:
+    """(T/s)^¼ / c*, at least 1; 1 for a finished adapter or where the plan is unknown."""
     step, planned = probe.meta.get("step"), probe.meta.get("planned_steps")
     if not step or not planned or planned <= step:
         return 1.0
-    return (planned / step) ** GROWTH_EXPONENT
+    return max(1.0, (planned / step) ** GROWTH_EXPONENT / length)
 
 
 def _stack(sketches: Mapping[str, Tensor]) -> Tensor:

@@ -94,7 +94,7 @@ def _snapshot(folder: CohortFolder, name: str, point: float) -> Snapshot:
         replace(adapter, modules={m: u * length for m, u in adapter.modules.items()}),
         calibration_batch(probe, folder.spec.forecast_items),
         length,
-        reach(probe),
+        reach(probe, length),
         torch.tensor(found["base_loss"], dtype=torch.float64),
         torch.tensor(found["own_loss"], dtype=torch.float64),
     )
