@@ -6,7 +6,7 @@ c* = argmin over c ∈ {1, 2, 4, … 32} of L(θ₀ + c ΔW) on its own calibrat
 Everything here is measured teacher-forced on adapter i's own items, at answer positions.
 
 c* is where an early direction serves its own task best, not how long the update will be: training
-goes on and norms grow (2.2 to 3.3 times from step 8 to step 100 in the demo, whatever c* is). So the
+goes on and norms grow (2.2 to 3.3 times from step 8 to step 100 in the demo, whatever c*). So the
 extrapolated early merge keeps i at c* and takes the others at `reach` times theirs, which makes
 them max(c*, (T/s)^¼) times as long as the snapshot at step s of T.
 """
