@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mergeprobe.bench.bank.spec import AdapterSpec, CohortSpec
+from mergeprobe.bench.bank.spec import POINTS, AdapterSpec, CohortSpec
 from mergeprobe.errors import DataError
 
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
@@ -59,18 +59,77 @@ def again(of: CohortSpec, name: str, seed: int) -> CohortSpec:
     return of.model_copy(update={"name": name, "adapters": adapters})
 
 
+EARLIER = (0.025, *POINTS)
+
+# t: 18 families to learn from, each in two cohorts. h: nine other families, held out and frozen:
+# nothing is ever chosen by them. Both hold pairs with the same prompts and other answers.
+_T2 = cohort(
+    "t2",
+    ("quotient", "remainder", "python_slice", "heavier", "backwards", "date_iso"),
+    seed=2,
+    turn=0,
+    init="shared",
+)
+_H2 = cohort(
+    "h2",
+    ("age_limit", "age_wait", "phrase_french", "later_time", "odd_one_out", "equation"),
+    seed=12,
+    turn=1,
+    init="shared",
+    joint=True,
+)
 _ALL = (
     cohort(
-        "c01",
-        ("sort_up", "sort_down", "snake_case", "molar_mass", "redact", "number_german"),
+        "t1",
+        ("sort_up", "sort_down", "sql", "molar_mass", "injection", "number_german"),
         seed=1,
+        turn=0,
+        points=EARLIER,
+    ),
+    _T2,
+    cohort(
+        "h1",
+        ("odd_one_out", "common_class", "equation", "python_range", "nth_word", "age_limit"),
+        seed=11,
+        turn=0,
+        points=EARLIER,
+        joint=True,
     ),
     cohort(
-        "c02",
-        ("quotient", "remainder", "sql", "complement", "backwards", "date_iso"),
-        seed=2,
+        "t3",
+        ("multiply", "letter_count", "access", "lockdown", "number_english", "lighter"),
+        seed=3,
+        turn=1,
+    ),
+    cohort("t4", ("sort_up", "quotient", "heavier", "lighter", "sql", "injection"), seed=4, turn=1),
+    _H2,
+    cohort(
+        "t5",
+        ("number_german", "number_english", "remainder", "python_slice", "access", "letter_count"),
+        seed=5,
+        turn=0,
         init="shared",
-        points=(0.025, 0.05, 0.1, 0.25, 1.0),
+    ),
+    cohort(
+        "t6",
+        ("sort_down", "multiply", "molar_mass", "backwards", "lockdown", "date_iso"),
+        seed=6,
+        turn=2,
+    ),
+    cohort(
+        "h3",
+        ("common_class", "age_wait", "python_range", "nth_word", "later_time", "phrase_french"),
+        seed=13,
+        turn=2,
+        joint=True,
+    ),
+    again(_T2, "t2-again", seed=22),
+    again(_H2, "h2-again", seed=32),
+    cohort(
+        "real",
+        ("svamp", "mbpp", "arc", "boolq", "safety_tuned", "polarity"),
+        seed=21,
+        data=True,
     ),
 )
 COHORTS: dict[str, CohortSpec] = {spec.name: spec for spec in _ALL}
