@@ -1,0 +1,143 @@
+"""How far a row lies from everything that a predictor was fitted on.
+
+Two measures, each in units of what training rows of *other* families score, so that 1 is the edge:
+the share of features outside the training range, and the distance to the nearest training rows in
+robustly scaled features (median and interquartile range). A missing feature counts as the median.
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from mergeprobe.predict.features import COLUMNS, SETTING
+
+REFERENCES = 400
+NEAREST = 3
+EDGE = 0.99
+CUT = 8.0
+"""Scaled features are cut here, so that one wild signal alone does not decide the distance."""
+
+
+@dataclass(frozen=True, eq=False)
+class Novelty:
+    """low, high: training range of each column (0.5 % and 99.5 %). references: scaled rows.
+    edge_outside, edge_distance: the EDGE quantiles over training rows, judged by rows of other
+    families only."""
+
+    columns: tuple[str, ...]
+    low: Float[np.ndarray, " columns"]
+    high: Float[np.ndarray, " columns"]
+    median: Float[np.ndarray, " columns"]
+    scale: Float[np.ndarray, " columns"]
+    references: Float[np.ndarray, "references columns"]
+    edge_outside: float
+    edge_distance: float
+
+    def score(self, values: Float[np.ndarray, "rows all"]) -> Float[np.ndarray, " rows"]:
+        """The larger of both measures; above 1 a row is far from all training rows."""
+        picked = values[:, [COLUMNS.index(name) for name in self.columns]]
+        distance = _nearest(self._scaled(picked), self.references)
+        return np.maximum(
+            _outside(picked, self.low, self.high) / self.edge_outside,
+            distance / self.edge_distance,
+        )
+
+    def _scaled(self, picked: Float[np.ndarray, "rows columns"]) -> np.ndarray:
+        return scaled(picked, self.median, self.scale)
+
+    def to_json(self) -> dict[str, Any]:
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        return {
+            "columns": list(self.columns),
+            "edge_outside": self.edge_outside,
+            "edge_distance": self.edge_distance,
+            **{name: array.tolist() for name, array in arrays.items()},
+        }
+
+
+_ARRAYS = ("low", "high", "median", "scale", "references")
+
+
+def fit_novelty(
+    columns: Sequence[str],
+    values: Float[np.ndarray, "rows all"],
+    groups: Sequence[Any] | np.ndarray,
+    seed: int = 0,
+) -> Novelty:
+    """groups: the family of every row's i. Columns of the setting (method, size) are left out:
+    they are known to be covered, or the method is refused by name."""
+    columns = tuple(name for name in columns if name not in SETTING or name == "log_progress")
+    picked = values[:, [COLUMNS.index(name) for name in columns]]
+    low, first, median, third, high = np.nanquantile(
+        picked, [0.005, 0.25, 0.5, 0.75, 0.995], axis=0
+    )
+    # a column with one common value has no interquartile range
+    scale = np.maximum((third - first) / 1.349, (high - low) / 6.0) + 1e-9
+    rows = scaled(picked, median, scale)
+    groups = np.asarray(groups)
+    chosen = _spread_out(len(rows), seed)
+    outside, distance = np.zeros(len(rows)), np.zeros(len(rows))
+    for group in sorted(set(groups.tolist())):
+        mine, theirs = groups == group, groups != group
+        if not theirs.any():
+            theirs = ~theirs
+        ends = np.nanquantile(picked[theirs], [0.005, 0.995], axis=0)
+        outside[mine] = _outside(picked[mine], *ends)
+        others = chosen[theirs[chosen]]
+        distance[mine] = _nearest(rows[mine], rows[others if len(others) else chosen])
+    return Novelty(
+        columns=columns,
+        low=low,
+        high=high,
+        median=median,
+        scale=scale,
+        references=np.round(rows[chosen], 3),
+        edge_outside=max(float(np.quantile(outside, EDGE)), 1.0 / len(columns)),
+        edge_distance=max(float(np.quantile(distance, EDGE)), 1e-6),
+    )
+
+
+def novelty_from_json(value: Mapping[str, Any]) -> Novelty:
+    return Novelty(
+        columns=tuple(value["columns"]),
+        edge_outside=value["edge_outside"],
+        edge_distance=value["edge_distance"],
+        **{name: np.array(value[name], dtype=float) for name in _ARRAYS},
+    )
+
+
+def scaled(
+    picked: Float[np.ndarray, "rows columns"],
+    median: Float[np.ndarray, " columns"],
+    scale: Float[np.ndarray, " columns"],
+) -> Float[np.ndarray, "rows columns"]:
+    return np.clip(np.nan_to_num((picked - median) / scale), -CUT, CUT)
+
+
+def _outside(picked: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Share of a row's known columns that lie outside the range."""
+    known = np.isfinite(picked)
+    beyond = known & ((picked < low) | (picked > high))
+    return beyond.sum(1) / np.maximum(known.sum(1), 1)
+
+
+def _nearest(
+    rows: Float[np.ndarray, "rows columns"], references: Float[np.ndarray, "references columns"]
+) -> Float[np.ndarray, " rows"]:
+    """Mean distance (root mean square over columns) to the NEAREST references."""
+    squares = (rows**2).sum(1)[:, None] - 2.0 * rows @ references.T + (references**2).sum(1)
+    count = min(NEAREST, len(references))
+    closest = np.partition(squares, count - 1, axis=1)[:, :count]
+    return np.sqrt(np.maximum(closest, 0.0) / rows.shape[1]).mean(1)
+
+
+def _spread_out(count: int, seed: int) -> np.ndarray:
+    if count <= REFERENCES:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, REFERENCES, replace=False))

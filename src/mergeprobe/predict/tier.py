@@ -1,0 +1,210 @@
+"""The model of one tier: candidates compared on unseen families, one fitted, its intervals.
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from mergeprobe.errors import NotForecastable
+from mergeprobe.plan import Forecast
+from mergeprobe.predict.conformal import Predictive, fit_predictive, predictive_from_json
+from mergeprobe.predict.features import Tier
+from mergeprobe.predict.learning import LOWEST, Rows
+from mergeprobe.predict.models import CANDIDATES, Candidate, Model, fit_model, model_from_json
+from mergeprobe.predict.novelty import Novelty, fit_novelty, novelty_from_json
+from mergeprobe.predict.ridge import FLOOR, score
+from mergeprobe.predict.splits import Fold, unseen_all
+
+MERGEABLE = 0.8
+FEWEST_ROWS = 30
+Centre = Literal["median", "mean"]
+Aim = Literal["score", "retention"]
+
+
+@dataclass(frozen=True, eq=False)
+class Guess:
+    """Forecasts of rows, NaN where none can be made. retention, low, high in [−1, 1.2];
+    mergeable: probability of a retention of at least MERGEABLE; novelty: above 1 the row lies
+    farther from the training rows than they do from each other across families."""
+
+    retention: Float[np.ndarray, " rows"]
+    low: Float[np.ndarray, " rows"]
+    high: Float[np.ndarray, " rows"]
+    mergeable: Float[np.ndarray, " rows"]
+    novelty: Float[np.ndarray, " rows"]
+
+    @property
+    def far(self) -> Bool[np.ndarray, " rows"]:
+        return self.novelty > 1.0
+
+    def forecasts(self) -> list[Forecast]:
+        """As plans hold them. NotForecastable if one of the rows has no forecast."""
+        if np.isnan(self.retention).any():
+            raise NotForecastable("a row lacks the signals that every tier of the predictor needs")
+        each = zip(self.retention, self.low, self.high, strict=True)
+        return [Forecast(retention=float(r), low=float(a), high=float(b)) for r, a, b in each]
+
+
+@dataclass(frozen=True, eq=False)
+class TierModel:
+    """What serves one tier. chosen: its candidate's name. errors: candidate -> mean squared error
+    on unseen families, of what the choice aimed at. top: the retention that a score of "nothing
+    lost" may stand for."""
+
+    tier: Tier
+    chosen: str
+    model: Model
+    predictive: Predictive
+    novelty: Novelty
+    top: float
+    errors: Mapping[str, float]
+
+    def predict(self, values: Float[np.ndarray, "rows columns"], centre: Centre) -> Guess:
+        forecast = self.model.scores(values)
+        low, high = (self._retention(end) for end in self.predictive.ends(forecast, values))
+        if centre == "mean":
+            draws = self.predictive.draws(forecast, values)
+            retention = _unscored(draws, 1.0).mean(1)
+        else:
+            retention = _unscored(forecast, 1.0)
+        return Guess(
+            retention=retention,
+            low=np.minimum(low, retention),
+            high=np.maximum(high, retention),
+            mergeable=self.predictive.above(float(score(MERGEABLE)), forecast, values),
+            novelty=self.novelty.score(values),
+        )
+
+    def _retention(self, scores: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
+        return _unscored(scores, self.top)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tier": self.tier,
+            "chosen": self.chosen,
+            "top": self.top,
+            "errors": dict(self.errors),
+            "predictive": self.predictive.to_json(),
+            "novelty": self.novelty.to_json(),
+            "model": self.model.to_json(),
+        }
+
+
+def tier_from_json(value: Mapping[str, Any]) -> TierModel:
+    """What to_json wrote; KeyError, TypeError or ValueError if it is something else."""
+    return TierModel(
+        tier=value["tier"],
+        chosen=value["chosen"],
+        model=model_from_json(value["model"]),
+        predictive=predictive_from_json(value["predictive"]),
+        novelty=novelty_from_json(value["novelty"]),
+        top=float(value["top"]),
+        errors=dict(value["errors"]),
+    )
+
+
+def fit_tier(
+    rows: Rows,
+    tier: Tier,
+    *,
+    candidates: Mapping[str, Candidate] = CANDIDATES,
+    without: Sequence[str] = (),
+    folds: Sequence[Fold] | None = None,
+    aim: Aim = "score",
+    seed: int = 0,
+) -> TierModel:
+    """folds: for choice and calibration; default unseen_all(rows). without: withheld features.
+    Other arguments and errors as of predictor.fit_predictor."""
+    if len(rows) < FEWEST_ROWS:
+        raise NotForecastable(
+            f"{len(rows)} learning rows are too few to fit a predictor; {FEWEST_ROWS} is the least"
+        )
+    goal = np.asarray(score(rows.target))
+    folds = unseen_all(rows, seed=seed) if folds is None else folds
+    forecasts = {
+        name: _unseen_scores(rows, goal, folds, name, tier, candidates, without, seed)
+        for name, candidate in candidates.items()
+        if candidate.kind != "mix"
+    }
+    for name, candidate in candidates.items():
+        if candidate.kind == "mix":
+            forecasts[name] = np.mean([forecasts[part] for part in candidate.parts], axis=0)
+    seen = np.isfinite(next(iter(forecasts.values())))
+    weight = rows.weight[seen]
+    errors = {
+        name: float(np.average(_error(found, goal, aim)[seen] ** 2, weights=weight))
+        for name, found in forecasts.items()
+    }
+    chosen = min(errors, key=lambda name: errors[name])
+    model = fit_model(
+        chosen,
+        tier,
+        rows.values,
+        goal,
+        rows.weight,
+        candidates=candidates,
+        without=without,
+        seed=seed,
+    )
+    above = rows.target[rows.target >= 1.0]
+    return TierModel(
+        tier=tier,
+        chosen=chosen,
+        model=model,
+        predictive=fit_predictive(
+            forecasts[chosen][seen], goal[seen], rows.values[seen], weight, rows.family[seen]
+        ),
+        novelty=fit_novelty(model.columns, rows.values, rows.family, seed),
+        top=max(1.0, float(np.quantile(above, 0.975))) if len(above) else 1.0,
+        errors={name: round(value, 5) for name, value in errors.items()},
+    )
+
+
+def _error(
+    forecast: Float[np.ndarray, " rows"], goal: Float[np.ndarray, " rows"], aim: Aim
+) -> Float[np.ndarray, " rows"]:
+    return forecast - goal if aim == "score" else _unscored(forecast, 1.0) - _unscored(goal, 1.0)
+
+
+def _unseen_scores(
+    rows: Rows,
+    goal: Float[np.ndarray, " rows"],
+    folds: Sequence[Fold],
+    name: str,
+    tier: Tier,
+    candidates: Mapping[str, Candidate],
+    without: Sequence[str],
+    seed: int,
+) -> Float[np.ndarray, " rows"]:
+    """A candidate's scores of rows it had not seen the families of; NaN for rows in no fold."""
+    total, count = np.zeros(len(rows)), np.zeros(len(rows))
+    for fold in folds:
+        model = fit_model(
+            name,
+            tier,
+            rows.values[fold.train],
+            goal[fold.train],
+            rows.weight[fold.train],
+            candidates=candidates,
+            without=without,
+            seed=seed,
+        )
+        total[fold.test] += model.scores(rows.values[fold.test])
+        count[fold.test] += 1
+    with np.errstate(invalid="ignore"):
+        return total / count
+
+
+def _unscored(scores: Float[np.ndarray, "*rows"], top: float) -> Float[np.ndarray, "*rows"]:
+    """Retention of scores; "nothing lost", where the score ends, stands for `top`."""
+    best = float(score(1.0))
+    found = 1.0 + FLOOR - np.exp(-np.minimum(scores, best))
+    found = np.where(scores >= best - 1e-9, top, found)
+    return np.clip(found, LOWEST, max(top, 1.0))
