@@ -39,11 +39,12 @@ class Pool:
     def __init__(
         self, work: Literal["demo", "bank"], folder: Path, workers: int | None = None
     ) -> None:
-        self.work, self.folder, self.count = work, folder, workers or worker_count()
+        self.folder, self.count = folder, workers or worker_count()
         self.workers: dict[int, subprocess.Popen[str]] = {}
         self.slots: dict[int, int] = {}
         self.events: Queue[tuple[int, dict[str, Any] | None]] = Queue()
         self.logs = folder / "workers.log"
+        self.command = [sys.executable, "-m", "mergeprobe.bench.worker", work, str(folder)]
         self._started = 0
 
     def __enter__(self) -> Pool:
@@ -69,10 +70,9 @@ class Pool:
         number, self._started = self._started, self._started + 1
         slot = min(set(range(self.count)) - set(self.slots.values()))
         threads = max(1, _cores() // self.count)
-        command = [sys.executable, "-m", "mergeprobe.bench.worker", self.work, str(self.folder)]
         with open(self.logs, "a", encoding="utf-8") as log:
             worker = subprocess.Popen(
-                [*command, str(threads), str(_cores())],
+                [*self.command, str(threads), str(_cores())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -94,8 +94,10 @@ def train(run: Run, base: Base, *, to_probe: bool, on_step: Callable[[int, float
             warnings.simplefilter("ignore")
             watch = _Watch(on_step, probing[-1] if to_probe else None)
             trainer = _trainer(run, model, base, [*probing, watch])
-            # a checkpoint at or after a probe's step cannot give that probe back
-            first = min((point.step for point in run.missing() if point.step), default=None)
+            # a checkpoint at or after a probe's step cannot give that probe back, and from the last
+            # step the trainer would go one step further
+            steps = [point.step for point in run.missing() if point.step]
+            first = min([*steps, run.steps])
             trainer.train(resume_from_checkpoint=newest_checkpoint(run.checkpoints, before=first))
         if not to_probe:
             _save(run, model, base, trainer.state.log_history)
