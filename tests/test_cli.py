@@ -290,6 +290,12 @@ def test_plan_from_plain_adapters(capsys, world, tmp_path):
     assert again["groups"] == written["groups"]
 
 
+def test_a_limit_on_adapters_goes_before_the_floor(capsys, world):
+    limits = ("--min-retention", "1", "--max-adapters", "1")
+    made = json.loads(printed(capsys, "plan", world.adapters, *limits, "--json"))
+    assert len(made["groups"]) == 1
+
+
 def test_the_floor_moves_the_plan(capsys, world):
     at = {}
     for floor in ("0", "1"):

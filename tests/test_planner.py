@@ -139,6 +139,33 @@ def test_the_plan_and_its_frontier_equal_brute_force(case):
     check_against_brute_force(*case)
 
 
+@settings(max_examples=60, deadline=None)
+@given(offers(), st.integers(1, 4))
+def test_a_limit_on_adapters_equals_brute_force(case, most):
+    names, candidates, floor = case
+    choices = []
+    for parts in set_partitions(list(range(len(names)))):
+        if len(parts) <= most:
+            for groups in itertools.product(
+                *(candidates(tuple(names[i] for i in p)) for p in parts)
+            ):
+                kept = [round(f.retention, 9) for group in groups for f in group.forecast.values()]
+                choices.append((sum(g.resident_parameters for g in groups), min(kept)))
+    if not choices:
+        with pytest.raises(PlanError, match=f"no way to merge {len(names)} adapters into {most}"):
+            make_plan(info(*names), candidates, max_adapters=most, tier="file")
+        return
+    plan = make_plan(info(*names), candidates, min_retention=floor, max_adapters=most, tier="file")
+    assert len(plan.groups) <= most
+    kept = min(f.retention for group in plan.groups for f in group.forecast.values())
+    reaching = [row for row in choices if row[1] >= floor]
+    if reaching:  # else the best worst case
+        assert plan.resident_parameters == min(row[0] for row in reaching)
+        assert kept >= floor
+    else:
+        assert kept == pytest.approx(max(row[1] for row in choices))
+
+
 def random_offer(names, seed, *, methods=1):
     draw = random.Random(seed)
     harm = {pair: draw.random() ** 3 * 0.4 for pair in itertools.permutations(names, 2)}
@@ -180,6 +207,24 @@ def test_local_search_is_within_one_group_of_exact_on_ten():
                 assert best.parameters <= found.parameters <= best.parameters + SIZE
                 missed[thorough] += found.parameters > best.parameters
     assert missed == {True: 2, False: 3}
+
+
+def test_a_limit_holds_beyond_the_exact_search_too():
+    names = [f"t{i:02}" for i in range(12)]
+    candidates = random_offer(names[:8], seed=5)
+
+    def any_size(members):
+        if len(members) == 1:
+            return [routed(members[0])]
+        short = tuple(sorted({names[names.index(m) % 8] for m in members}))
+        worst = min((f.retention for f in candidates(short)[0].forecast.values()), default=1.0)
+        return [merged(dict.fromkeys(members, worst - 0.01 * len(members)))]
+
+    for most in (1, 3, 5):
+        plan = make_plan(info(*names), any_size, min_retention=0.99, max_adapters=most, tier="file")
+        assert len(plan.groups) <= most
+    with pytest.raises(PlanError, match="max_adapters is 0; expected at least 1"):
+        make_plan(info(*names), any_size, max_adapters=0, tier="file")
 
 
 def test_planted_families_are_found_beyond_the_exact_limit():

@@ -72,6 +72,10 @@ def plan(
     min_retention: Annotated[
         float, typer.Option(help="The floor: what every adapter has to keep of its gain, 0 to 1.")
     ] = 0.9,
+    max_adapters: Annotated[
+        int | None,
+        typer.Option(min=1, help="The most adapters that may stay resident; before the floor."),
+    ] = None,
     budget: Budget = None,
     items: Items = 16,
     out: Annotated[
@@ -94,7 +98,7 @@ def plan(
         refuse_existing(out, force=force)
     with show.working("planning") as progress:
         forecaster = _forecaster(sources, base, budget, items, progress)
-        made = forecaster.plan(min_retention=min_retention)
+        made = forecaster.plan(min_retention=min_retention, max_adapters=max_adapters)
     if out is not None:
         write_plan(made, out, force=force)
     if json:

@@ -75,36 +75,54 @@ def cheapest(options: Sequence[Option], floor: int) -> Option | None:
     return min(above, key=lambda o: (o.parameters, -o.total, -o.worst), default=None)
 
 
-def exact(options: Options, count: int) -> Solve:
-    """Solves over all set partitions of `count` adapters, by dynamic programming over bitmasks.
+def exact(options: Options, count: int, most: int | None = None) -> Solve:
+    """Solves over all set partitions of `count` adapters into at most `most` groups (None: any).
 
-    For one floor, parameters and total retention add up over groups, so the best partition of a
-    set is its lowest adapter's group plus the best partition of the rest: 3^count / 2 steps.
+    Dynamic programming over bitmasks: for one floor, parameters and total retention add up over
+    groups, so the best partition of a set is its lowest adapter's group plus the best partition of
+    the rest: 3^count / 2 steps, times `most`.
     """
     everything = (1 << count) - 1
 
     def solve(floor: int) -> Partition | None:
         choice = [None, *(cheapest(options(mask), floor) for mask in range(1, everything + 1))]
-        # mask -> (parameters, -total, first group); None where no partition reaches the floor
-        best: list[tuple[int, int, int] | None] = [(0, 0, 0)] + [None] * everything
-        for mask in range(1, everything + 1):
-            for group in with_lowest(mask):
-                option, rest = choice[group], best[mask ^ group]
-                if option is None or rest is None:
-                    continue
-                value = (option.parameters + rest[0], rest[1] - option.total, group)
-                held = best[mask]
-                if held is None or value[:2] < held[:2]:
-                    best[mask] = value
-        if best[everything] is None:
+        # one table a number of groups; without a limit one table, whose rest is in itself
+        tables: list[list[Best | None]] = []
+        for groups_left in range(1 if most is None else min(most, count)):
+            best: list[Best | None] = [(0, 0, 0)] + [None] * everything
+            fewer = best if most is None else tables[-1] if groups_left else [(0, 0, 0)]
+            for mask in range(1, everything + 1):
+                best[mask] = _best_first(mask, choice, fewer)
+            tables.append(best)
+        if tables[-1][everything] is None:
             return None
         groups, mask = [], everything
         while mask:
-            groups.append(choice[best[mask][2]])  # pyright: ignore[reportOptionalSubscript]
+            at = tables[-1] if most is None else tables[len(tables) - 1 - len(groups)]
+            groups.append(choice[at[mask][2]])  # pyright: ignore[reportOptionalSubscript]
             mask ^= groups[-1].mask
         return Partition(tuple(groups))
 
     return solve
+
+
+Best = tuple[int, int, int]  # (parameters, -total, first group) of the best partition of a set
+
+
+def _best_first(
+    mask: int, choice: Sequence[Option | None], fewer: Sequence[Best | None]
+) -> Best | None:
+    """The best group of the lowest adapter in `mask`, the rest as in `fewer`."""
+    held = None
+    for group in with_lowest(mask):
+        option, left = choice[group], mask ^ group
+        rest = fewer[left] if left < len(fewer) else None
+        if option is None or rest is None:
+            continue
+        value = (option.parameters + rest[0], rest[1] - option.total, group)
+        if held is None or value[:2] < held[:2]:
+            held = value
+    return held
 
 
 def with_lowest(mask: int) -> Iterator[int]:

@@ -36,7 +36,7 @@ from mergeprobe.predict.reasons import Confidence, Setting, group_reasons, numbe
 from mergeprobe.predict.search import local_search, searched_frontier
 from mergeprobe.predict.separation import SEPARABLE_AUC, prompt_auc, separable
 
-EXACT_UP_TO = 8  # Bell(8) = 4,140 partitions of 255 sets; beyond, a local search
+EXACT_UP_TO = 10  # Bell(10) = 115,975 partitions of 1,023 sets; beyond, a local search
 
 Candidates = Callable[[tuple[str, ...]], Sequence[Group]]
 
@@ -57,6 +57,7 @@ def make_plan(
     candidates: Candidates,
     *,
     min_retention: float = 0.9,
+    max_adapters: int | None = None,
     confidence: Confidence = "point",
     route_by: Literal["name", "prompt"] = "name",
     prompt_features: Mapping[str, np.ndarray] | None = None,
@@ -73,27 +74,32 @@ def make_plan(
     resident_parameters; its name is replaced. For a single adapter one of them must be `route`
     at full rank, with retention 1 by definition. An empty answer for more than one means that
     they cannot be merged; `route` for more than one is passed over, being the same as each alone.
-    min_retention: the floor for every adapter, in [0, 1]. confidence: whether the point forecast
+    min_retention: the floor for every adapter, in [0, 1]. max_adapters: the most adapters that may
+    stay resident, that is groups; it goes before the floor. confidence: whether the point forecast
     or the low end of its interval has to keep it; the frontier is in the same measure.
     prompt_features: see separation.prompt_auc; needed for route_by="prompt".
 
     Ties go to the partition whose lowest low end is highest, then to the higher sum of low ends:
-    between two that are forecast to do, the one that is more certain to. Exact up to 8 adapters, a
+    between two that are forecast to do, the one that is more certain to. Exact up to 10 adapters, a
     local search beyond. If nothing keeps the floor the best worst case is taken and the reasons
     say so.
     The frontier is ascending in parameters and always holds full routing, even if dominated.
     Raises PlanError.
     """
-    _check(adapters, min_retention)
+    _check(adapters, min_retention, max_adapters)
     names = tuple(adapter.name for adapter in adapters)
     options = measured(names, candidates, confidence)
     floor = round(min_retention * BILLION)
     if len(names) <= EXACT_UP_TO:
-        points = frontier(exact(options, len(names)))
+        points = frontier(exact(options, len(names), max_adapters))
     else:
-        points = searched_frontier(options, len(names), floor)
+        points = searched_frontier(options, len(names), floor, most=max_adapters)
+    if not points:
+        raise PlanError(f"there is no way to merge {len(names)} adapters into {max_adapters}")
     reaching = [point for point in points if point.worst >= floor]
-    chosen = _most_certain(reaching[0], options, len(names), floor) if reaching else points[-1]
+    chosen = points[-1]
+    if reaching:
+        chosen = _most_certain(reaching[0], options, len(names), floor, max_adapters)
     setting = Setting(
         names=names,
         parameters=tuple(adapter.parameters for adapter in adapters),
@@ -125,10 +131,15 @@ def make_plan(
     )
 
 
-def _most_certain(cheapest: Partition, options: Options, count: int, floor: int) -> Partition:
+def _most_certain(
+    cheapest: Partition, options: Options, count: int, floor: int, most: int | None
+) -> Partition:
     """Of the partitions as cheap that keep the floor, the one with the highest low end."""
     lowered = cautious(options, floor)
-    solve = exact(lowered, count) if count <= EXACT_UP_TO else local_search(lowered, count)
+    if count <= EXACT_UP_TO:
+        solve = exact(lowered, count, most)
+    else:
+        solve = local_search(lowered, count, most=most)
     found = tightened(solve, NO_FLOOR)
     if not found or found[-1].parameters > cheapest.parameters:  # a local search can miss it
         return cheapest
@@ -136,7 +147,7 @@ def _most_certain(cheapest: Partition, options: Options, count: int, floor: int)
     return Partition(tuple(by_group[id(part.group)] for part in found[-1].options))
 
 
-def _check(adapters: Sequence[AdapterInfo], min_retention: float) -> None:
+def _check(adapters: Sequence[AdapterInfo], min_retention: float, max_adapters: int | None) -> None:
     if not adapters:
         raise PlanError("there are no adapters to plan for; name at least one")
     names = [check_name(adapter.name) for adapter in adapters]
@@ -147,6 +158,8 @@ def _check(adapters: Sequence[AdapterInfo], min_retention: float) -> None:
             f"min_retention is {min_retention}; expected 0 to 1, where 0.9 means that every "
             "adapter keeps 90 % of its gain"
         )
+    if max_adapters is not None and max_adapters < 1:
+        raise PlanError(f"max_adapters is {max_adapters}; expected at least 1")
 
 
 def measured(names: tuple[str, ...], candidates: Candidates, confidence: Confidence) -> Options:

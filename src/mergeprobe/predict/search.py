@@ -25,24 +25,26 @@ Step = tuple[Score, Change]
 
 
 def searched_frontier(
-    options: Options, count: int, floor: int, *, levels: int = 10
+    options: Options, count: int, floor: int, *, levels: int = 10, most: int | None = None
 ) -> list[Partition]:
     """The frontier as `local_search` finds it: thoroughly at `floor`, and at `levels` besides.
 
     The levels are spread evenly over the best worst cases of the pairs, where choices change.
     """
-    solve = local_search(options, count, thorough=False)
+    solve = local_search(options, count, thorough=False, most=most)
     pairs = (options((1 << i) | (1 << j)) for i, j in combinations(range(count), 2))
     values = sorted({max(o.worst for o in found) for found in pairs if found})
     picked = {values[(len(values) - 1) * k // max(1, levels - 1)] for k in range(levels) if values}
     found = [solve(level) for level in [NO_FLOOR, *sorted(picked)]]
     # above every pair only single adapters are left, so this ends where nothing goes higher
     top = tightened(solve, values[-1] + 1) if values else []
-    asked = tightened(local_search(options, count), floor)
+    asked = tightened(local_search(options, count, most=most), floor)
     return undominated([p for p in [*found, *asked, *top] if p is not None])
 
 
-def local_search(options: Options, count: int, *, thorough: bool = True) -> Solve:
+def local_search(
+    options: Options, count: int, *, thorough: bool = True, most: int | None = None
+) -> Solve:
     """Solves for more adapters than `exact` can. Deterministic; a local optimum.
 
     Merges the two groups that cost least to merge until no merge is possible, takes the best
@@ -50,7 +52,8 @@ def local_search(options: Options, count: int, *, thorough: bool = True) -> Solv
     also breaks up every two groups and starts again from there (on random sets of ten it then
     misses the optimum about once in ten, by one group). Not looked at: sets with a pair that
     already falls short by itself (a third adapter seldom heals a conflict between two), and
-    splits of groups above six other than one member leaving.
+    splits of groups above six other than one member leaving. With more than `most` groups left at
+    the end, those that cost least to merge are merged until there are `most`.
     """
 
     def solve(floor: int) -> Partition | None:
@@ -69,6 +72,7 @@ def local_search(options: Options, count: int, *, thorough: bool = True) -> Solv
         dense = _descend(start, crowded)
         ends = [start, _kicked(dense, crowded) if thorough else dense]
         groups = min((_descend(end, value) for end in ends), key=lambda g: _score(g, value))
+        groups = _squeezed(groups, value, most)
         if any(value(mask)[0] for mask in groups):
             return None
         chosen = [cheapest(options(mask), floor) for mask in groups]
@@ -104,6 +108,14 @@ def _agglomerate(groups: list[int], value: Value) -> list[int]:
 
 def _descend(groups: list[int], value: Value) -> list[int]:
     while (step := _best_step(_neighbours(groups), value)) and step[0] < (0, 0, 0):
+        groups = _taken(groups, step)
+    return groups
+
+
+def _squeezed(groups: list[int], value: Value, most: int | None) -> list[int]:
+    while most is not None and len(groups) > most:
+        step = _best_step(_merges(groups), value)
+        assert step is not None, "two groups can always be merged"
         groups = _taken(groups, step)
     return groups
 
