@@ -107,7 +107,10 @@ def test_configuration_varies_inside_a_cohort_and_between_two():
     for rate in {a.learning_rate for a in one}:
         mine = [a for a in one if a.learning_rate == rate]
         assert len({a.rank for a in mine}) == len({a.steps for a in mine}) == 2
-    assert any(a.learning_rate != b.learning_rate for a, b in zip(one, two, strict=True))
+    for a, b in zip(one, two, strict=True):
+        assert (a.learning_rate, a.steps, a.rank) != (b.learning_rate, b.steps, b.rank)
+    turns = [a for turn in range(3) for a in six(turn=turn).adapters]
+    assert len({(a.learning_rate, a.steps, a.rank) for a in turns}) == 18
     repeated = again(six(), "six again", 9)
     assert repeated.sets() == six().sets()
     assert not {a.seed for a in repeated.adapters} & {a.seed for a in one}
@@ -153,6 +156,12 @@ def test_cohorts_can_be_made():
     assert [spec.name for spec in chosen([], with_data=True)] == list(COHORTS)
     with pytest.raises(DataError, match="no cohort 'c99'"):
         chosen(["c99"], with_data=True)
+
+
+def test_a_task_that_is_too_small_is_met_at_once(base_folder, tmp_path):
+    spec = tiny(base_folder, test_items=100_000)
+    with pytest.raises(DataError, match="has .* test items, 100000 are needed"):
+        run_cohorts([spec], tmp_path / "work", tmp_path / "rows", workers=0)
 
 
 def test_unknown_tasks_are_met_at_once(base_folder, tmp_path):

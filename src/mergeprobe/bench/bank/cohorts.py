@@ -26,7 +26,8 @@ def cohort(
     turn: int | None = None,
     **changes: Any,
 ) -> CohortSpec:
-    """A cohort of one adapter a task. Every learning rate comes with different ranks and steps.
+    """A cohort of one adapter a task. Every learning rate comes with different ranks and steps;
+    three turns together have 18 different configurations.
 
     seed: of the adapters (100 · seed + position) and of the sets that are drawn. turn: shifts who
     gets which learning rate, steps and rank; by default the seed, so that a task's second cohort
@@ -35,15 +36,15 @@ def cohort(
     turn = seed if turn is None else turn
     adapters = []
     for position, task in enumerate(tasks):
-        k, row = position + turn, position // 3
+        row = position // 3
         adapters.append(
             AdapterSpec(
                 name=task.replace("/", "_"),
                 task=task,
                 seed=100 * seed + position,
-                learning_rate=LEARNING_RATES[k % 3],
-                steps=STEPS[(k + row) % 3],
-                rank=RANKS[(2 * k + row) % 3],
+                learning_rate=LEARNING_RATES[(position + turn) % 3],
+                steps=STEPS[(position + row + 2 * turn) % 3],
+                rank=RANKS[(2 * position + row + turn) % 3],
                 init=init,  # type: ignore[arg-type]
             )
         )

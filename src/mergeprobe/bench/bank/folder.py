@@ -107,7 +107,8 @@ class CohortFolder:
             rank=spec.rank,
             batch_size=spec.batch_size,
             seed=spec.seed,
-            init_seed=SHARED_INIT_SEED + self.spec.seed if shared else spec.seed,
+            # of the adapters' seeds, so that a repeated cohort has an init of its own
+            init_seed=SHARED_INIT_SEED + self.spec.adapters[0].seed if shared else spec.seed,
         )
 
     def trained(self, name: str) -> bool:

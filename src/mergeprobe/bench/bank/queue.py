@@ -22,7 +22,7 @@ from mergeprobe.bench.bank.folder import CohortFolder
 from mergeprobe.bench.bank.jobs import KINDS, Job, done, job_from, jobs_of, needs
 from mergeprobe.bench.bank.rows import collate, collated
 from mergeprobe.bench.bank.spec import CohortSpec
-from mergeprobe.bench.bank.tasks import task_of
+from mergeprobe.bench.bank.tasks import check_tasks
 from mergeprobe.bench.pool import Pool
 from mergeprobe.errors import MergeProbeError
 
@@ -86,8 +86,7 @@ class Queue:
         for folder in self.folders.values():
             if collated(folder, out):
                 continue
-            for adapter in folder.spec.adapters:  # an unknown task is met now, not in hours
-                task_of(adapter.task, folder.data)
+            check_tasks(folder.spec, folder.data)
             folder.claim()
             self.left |= dict.fromkeys(job for job in jobs_of(folder) if not done(job, folder))
 

@@ -51,11 +51,11 @@ class AdapterSpec(BaseModel):
 class CohortSpec(BaseModel):
     """One cohort. points: shares of training at which probes are taken.
 
-    set_sizes: (size, how many sets of it; None for all). seed: which sets are drawn, and the
-    shared init; cohorts of equal seed and size have the same sets by position. methods: merges to
-    measure. merge_rank: "largest" truncates a merge to the largest rank among its members, as a
-    plan's deployment does; "exact" keeps what the rule gives. joint: one more adapter, trained on
-    the data of all, measured as method "joint". data: it needs tasks read from a data folder.
+    set_sizes: (size, how many sets of it; None for all). seed: which sets are drawn; cohorts of
+    equal seed and size have the same ones by position. methods: merges to measure. merge_rank:
+    "largest" truncates a merge to the largest rank among its members, as a plan's deployment does;
+    "exact" keeps what the rule gives. joint: one more adapter, trained on the data of all,
+    measured as method "joint". data: it needs tasks read from a data folder.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -121,7 +121,7 @@ class CohortSpec(BaseModel):
         return AdapterSpec(
             name="joint",
             task="+".join(self.names),
-            seed=self.seed,
+            seed=self.adapters[0].seed,
             rank=max(adapter.rank for adapter in self.adapters),
             learning_rate=rates[len(rates) // 2],
             steps=sum(adapter.steps for adapter in self.adapters),

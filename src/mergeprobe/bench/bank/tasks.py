@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mergeprobe.bench.tasks import BANK_TASKS, DEMO_TASKS, Task
+from mergeprobe.bench.bank.spec import CohortSpec
+from mergeprobe.bench.tasks import DEMO_TASKS, Task, find_task
 from mergeprobe.errors import DataError
-
-
-def known_tasks(data: Path | None) -> dict[str, Task]:
-    """Every task by name."""
-    return DEMO_TASKS | BANK_TASKS
 
 
 def task_of(name: str, data: Path | None) -> Task:
     """The task; DataError if there is none of that name (or it needs a data folder)."""
-    known = known_tasks(data)
-    if name not in known:
-        hint = "" if data is not None else " (real tasks need --data FOLDER)"
-        raise DataError(f"no task '{name}'{hint}; known are {', '.join(sorted(known))}")
-    return known[name]
+    return DEMO_TASKS[name] if name in DEMO_TASKS else find_task(name, data)
+
+
+def check_tasks(spec: CohortSpec, data: Path | None) -> None:
+    """DataError now, rather than in hours, for a task that is unknown or too small."""
+    for adapter in spec.adapters:
+        task = task_of(adapter.task, data)
+        wanted = {"train": 1, "calibration": spec.calibration_items, "test": spec.test_items}
+        for split, count in wanted.items():
+            found = task.size(split)  # type: ignore[arg-type]
+            if found < count:
+                raise DataError(
+                    f"cohort '{spec.name}': task '{task.name}' has {found} {split} items, "
+                    f"{count} are needed"
+                )
