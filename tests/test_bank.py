@@ -160,7 +160,7 @@ def test_cohorts_can_be_made():
 
 def test_a_task_that_is_too_small_is_met_at_once(base_folder, tmp_path):
     spec = tiny(base_folder, test_items=100_000)
-    with pytest.raises(DataError, match="has .* test items, 100000 are needed"):
+    with pytest.raises(DataError, match=r"has .* test items, 100000 are needed"):
         run_cohorts([spec], tmp_path / "work", tmp_path / "rows", workers=0)
 
 
