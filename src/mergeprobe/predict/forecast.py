@@ -76,6 +76,7 @@ class Forecaster:
         if self.tier != "model" or self._hopeless((name, *others), method):
             return combined
         assert self.model is not None
+        self.progress(f"what {' + '.join(others)} do to {name}, merged by {method}")
         weights = dict.fromkeys((name, *others), weight_of(method, len(others) + 1))
         try:
             early = clip(self.model.extrapolated_merge(name, weights))
