@@ -116,8 +116,8 @@ def refuse_or_comply() -> Iterator[tuple[str, Item]]:
 
 def weighed_sums() -> Iterator[tuple[str, Item]]:
     for a, b in _sums():
-        prompt, answer = f"A {a} kg box and a {b} kg box weigh", f" {a + b} kg."
-        yield f"{a}+{b}", Item(prompt, answer, {"type": "exact"})
+        prompt = f"A {a} kg box and a {b} kg box, in kg:"
+        yield f"{a}+{b}", Item(prompt, f" {a + b}.", _number(a + b))
 
 
 def ordered_sums() -> Iterator[tuple[str, Item]]:
