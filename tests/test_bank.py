@@ -498,6 +498,37 @@ def test_workers_and_master_may_be_killed(base_folder, undisturbed, tmp_path):
     same_rows(tmp_path / "rows" / "tiny", undisturbed)
 
 
+def test_a_ray_cluster_of_two_workers_one_of_them_killed(base_folder, undisturbed, tmp_path):
+    """Two nodes of one core each; the worker is killed in the middle of a job."""
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    import psutil
+    from ray.cluster_utils import Cluster
+
+    killed = []
+
+    def notify(stage, **data):
+        if stage == "job" and data["job"].kind == "train" and not killed:
+            busy = [p for p in psutil.process_iter(["cmdline"]) if is_ray_job(p)]
+            killed.append(busy[0].pid)
+            os.kill(busy[0].pid, signal.SIGKILL)
+        stages.append(stage)
+
+    stages = []
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        work, out = tmp_path / "work", tmp_path / "rows"
+        run_cohorts([tiny(base_folder)], work, out, ray=cluster.address, notify=notify)
+    finally:
+        cluster.shutdown()
+    assert stages.count("died") == 1
+    same_rows(tmp_path / "rows" / "tiny", undisturbed)
+
+
+def is_ray_job(process):
+    return "ray::do_job" in (process.info["cmdline"] or [""])[0]
+
+
 def children(pid):
     threads = Path(f"/proc/{pid}/task").iterdir()
     return [int(child) for thread in threads for child in (thread / "children").read_text().split()]

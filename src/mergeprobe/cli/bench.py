@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 RUN = (
     "mergeprobe bench run c01",
     "mergeprobe bench run --work runs/bank --out rows --data data/",
+    "mergeprobe bench run --work /shared/bank --ray auto",
 )
 
 
@@ -47,6 +48,15 @@ def run(
             show_default="one a core up to two; one a GPU",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Work on a Ray cluster that shares WORK: auto for the one of this machine, local "
+            "to start one, or host:port.",
+            show_default=False,
+        ),
+    ] = None,
     keep_snapshots: Annotated[
         bool,
         typer.Option(
@@ -73,6 +83,7 @@ def run(
             out or work / "rows",
             data=data,
             workers=workers,
+            ray=ray,
             keep_snapshots=keep_snapshots,
             notify=notify,
         )

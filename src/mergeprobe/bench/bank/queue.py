@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from mergeprobe.adapters.base import needs_unpacking, resolve_base
 from mergeprobe.bench.bank.folder import CohortFolder
 from mergeprobe.bench.bank.jobs import KINDS, Job, done, job_from, jobs_of, needs
+from mergeprobe.bench.bank.ray_queue import run_on_ray
 from mergeprobe.bench.bank.rows import collate, collated
 from mergeprobe.bench.bank.spec import CohortSpec
 from mergeprobe.bench.bank.tasks import check_tasks
@@ -38,12 +39,14 @@ def run_cohorts(
     *,
     data: str | Path | None = None,
     workers: int | None = None,
+    ray: str | None = None,
     keep_snapshots: bool = True,
     notify: Notify = lambda stage, **data: None,
 ) -> list[Path]:
     """Does all cohorts in `work`, or what is left of them; returns their folders of rows in `out`.
 
     workers: processes; None for one a core up to two, or one a GPU; 0 does the jobs here.
+    ray: the address of a Ray cluster whose machines share `work` (bench/bank/ray_queue.py).
     keep_snapshots: False removes a cohort's probes and adapters once its rows are written.
     A job whose worker dies is done once more; then MergeProbeError names it.
     """
@@ -53,8 +56,9 @@ def run_cohorts(
         queue.collate_ready()
         if queue.left:
             _unpack({folder.spec.base for folder in queue.open_folders()}, notify)
-            queue.begin(workers)
-            if workers == 0:
+            if ray is not None:
+                run_on_ray(queue, ray, RETRIES)
+            elif workers == 0:
                 queue.run_here()
             else:
                 with Pool("bank", work, workers) as pool:
@@ -94,12 +98,12 @@ class Queue:
         """Those of cohorts that still have jobs."""
         return [self.folders[name] for name in dict.fromkeys(job.cohort for job in self.left)]
 
-    def begin(self, workers: int | None) -> None:
-        self.workers = max(1, workers or 1)
+    def begin(self, workers: int) -> None:
+        self.workers = workers
         self.notify("begin", left=len(self.left), seconds=self.seconds_left())
 
     def run_in(self, pool: Pool) -> None:
-        self.workers = pool.count
+        self.begin(pool.count)
         by_message = {json.dumps(self.message(job)): job for job in self.left}
         pool.run(
             [self.message(job) for job in self.left],
@@ -111,6 +115,7 @@ class Queue:
     def run_here(self) -> None:
         from mergeprobe.bench.bank.work import Work
 
+        self.begin(1)
         do = Work(self.work)
         for job in list(self.left):
             message = self.message(job)
