@@ -17,8 +17,8 @@ from mergeprobe.adapters.base import load_base
 from mergeprobe.adapters.checkpoint import read_adapter
 from mergeprobe.bench.bank.cohorts import COHORTS, again, chosen, cohort
 from mergeprobe.bench.bank.folder import CohortFolder, read_spec, write_spec
-from mergeprobe.bench.bank.jobs import done, job_from, jobs_of, needs
-from mergeprobe.bench.bank.queue import run_cohorts
+from mergeprobe.bench.bank.jobs import KINDS, Job, done, job_from, jobs_of, needs
+from mergeprobe.bench.bank.queue import Times, run_cohorts
 from mergeprobe.bench.bank.rows import TABLES, collate
 from mergeprobe.bench.bank.spec import AdapterSpec, CohortSpec
 from mergeprobe.bench.bank.tasks import task_of
@@ -453,7 +453,7 @@ MASTER = """
 import sys
 from pathlib import Path
 from mergeprobe.bench.bank.folder import read_spec
-from mergeprobe.bench.bank.queue import run_cohorts
+from mergeprobe.bench.bank.queue import Times, run_cohorts
 spec, _ = read_spec(Path(sys.argv[1]))
 def notify(stage, **data):
     print(stage, data["job"].kind if "job" in data else "", flush=True)
@@ -553,3 +553,53 @@ def test_snapshots_may_go_once_the_rows_are_there(base_folder, tmp_path):
     run_cohorts([two], work, out, workers=0, notify=lambda stage, **data: stages.append(stage))
     assert stages == ["end"]
     assert len(read(out / "tiny")["pairs"]) == 2
+
+
+# --- the command
+
+
+def test_progress_in_a_log(capsys, tmp_path):
+    from mergeprobe.cli.bench import Progressing, duration
+
+    assert [duration(s) for s in (5, 150, 3600, 12_345)] == [
+        "1 min",
+        "2 min",
+        "1 h 0 min",
+        "3 h 26 min",
+    ]
+    job = Job("c1", "train", ("math",))
+    with Progressing() as notify:
+        notify("begin", left=3, seconds=600.0)
+        notify("step", cohort="c1", name="math", step=1, steps=9, loss=1.0)
+        notify("died", job=job)
+        notify("job", job=job, seconds=61.2, left=2, remaining=400.0)
+        notify("cohort", name="c1", rows=tmp_path)
+        notify("end")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "3 jobs to do, about 10 min",
+        "a worker died; once more: c1: train math",
+        "c1: train math: 61 s; 1 of 3 jobs, 7 min left",
+        f"c1: rows are in '{tmp_path}'",
+    ]
+
+
+def test_time_left_is_judged_by_jobs_of_the_same_kind(tmp_path):
+    times = Times(tmp_path / "times.jsonl")
+    assert times.of("merge") == KINDS["merge"]
+    for seconds in (2.0, 4.0):
+        times.add(Job("c", "merge", ("a", "b"), None, "mean", 2), seconds)
+    with open(tmp_path / "times.jsonl", "a") as file:
+        file.write('{"kind": "mer')  # a kill in the middle of a line
+    again = Times(tmp_path / "times.jsonl")
+    assert again.of("merge") == 3.0
+    assert again.of("pair") == KINDS["pair"]
+
+
+def test_an_unknown_cohort_is_one_line(capsys):
+    from mergeprobe.cli import main
+
+    assert main(["bench", "run", "c99"]) == 1
+    assert capsys.readouterr().err.startswith("mergeprobe: no cohort 'c99'; known are t1")
+    assert main(["bench", "run", "real"]) == 1
+    assert "pass --data FOLDER" in capsys.readouterr().err
