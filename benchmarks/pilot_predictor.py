@@ -23,7 +23,8 @@ import polars as pl
 
 from mergeprobe.predict.baselines import BASELINES, Fitter, learned, own_only
 from mergeprobe.predict.learning import LOWEST, Rows, learning_rows
-from mergeprobe.predict.models import CANDIDATES, Candidate, fit_model
+from mergeprobe.predict.menus import CANDIDATES, Candidate
+from mergeprobe.predict.models import fit_model
 from mergeprobe.predict.ridge import score
 from mergeprobe.predict.scores import Tested
 from mergeprobe.predict.splits import unseen_families

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from mergeprobe.predict.conformal import LEVEL, family_weights, weighted_quantile
 from mergeprobe.predict.features import COLUMNS, FEATURES, SETTING, Tier, columns_of
 from mergeprobe.predict.learning import HIGHEST, LOWEST, Rows
-from mergeprobe.predict.models import CANDIDATES, Candidate, fit_ridge
+from mergeprobe.predict.menus import CANDIDATES, Candidate
+from mergeprobe.predict.models import fit_ridge
 from mergeprobe.predict.ridge import FLOOR, score
 from mergeprobe.predict.tier import Aim, Centre, Guess, fit_tier
 
@@ -29,6 +30,7 @@ def learned(
     candidates: Mapping[str, Candidate] = CANDIDATES,
     without: Sequence[str] = (),
     centre: Centre = "median",
+    guaranteed: bool = False,
     aim: Aim = "score",
     seed: int = 0,
 ) -> Fitter:
@@ -36,7 +38,7 @@ def learned(
 
     def fit(train: Rows) -> Fitted:
         model = fit_tier(train, tier, candidates=candidates, without=without, aim=aim, seed=seed)
-        return lambda rows: model.predict(rows.values, centre)
+        return lambda rows: model.predict(rows.values, centre, guaranteed=guaranteed)
 
     return fit
 
@@ -125,16 +127,16 @@ def as_measured(name: str, train: Rows) -> Fitted:
 
 def identity(roles: Sequence[str], train: Rows) -> Fitted:
     """Effects of families, of i ("own") and of the others ("partner"), on top of the method's:
-    a_i + Σ a_j. A family that training has not seen has none, so where all are unseen this must
-    show no skill: the test for leaks."""
+    a_i + Σ a_j. A family that training has not seen counts as the average one, so where all are
+    unseen this must show no skill within a fold: the test for leaks."""
     names = train.holds()[0]
     methods = sorted(set(train.method.tolist()))
     design = _identity_design(train, names, methods, roles)
     goal = np.asarray(score(train.target))
     share = train.weight / train.weight.sum()
-    free = np.arange(design.shape[1]) < len(methods)
+    free = np.arange(design.shape[1]) <= len(methods)
     gram = design.T @ (design * share[:, None])
-    gram += np.diag(np.where(free, 1e-9, IDENTITY_PENALTY))
+    gram += np.diag(np.where(free, 1e-6, IDENTITY_PENALTY))
     effects = np.linalg.solve(gram, design.T @ (share * goal))
     return lambda rows: _only(_retention(_identity_design(rows, names, methods, roles) @ effects))
 
@@ -144,7 +146,8 @@ def _identity_design(
 ) -> Float[np.ndarray, "rows effects"]:
     place = {name: k for k, name in enumerate(names)}
     method = (rows.method[:, None] == np.array(methods)).astype(float)
-    blocks = [method]
+    # beside it, how many partners there are: what an average one does
+    blocks = [method, (rows.size - 2.0)[:, None]]
     for role in roles:
         block = np.zeros((len(rows), len(names)))
         for row, members in enumerate(rows.table["families"].to_list()):

@@ -15,7 +15,8 @@ import polars as pl
 from jaxtyping import Bool, Float
 
 from mergeprobe.errors import DataError
-from mergeprobe.predict.features import COLUMNS, feature_matrix
+from mergeprobe.predict.feature_rows import feature_matrix
+from mergeprobe.predict.features import COLUMNS
 from mergeprobe.predict.ridge import METHODS
 
 LOWEST, HIGHEST = -1.0, 1.2

@@ -1,4 +1,4 @@
-"""The candidate models of the learned predictor: a ridge and boosted trees on retention's score.
+"""The models of the learned predictor: a ridge and boosted trees on retention's score.
 
 Both forecast ridge.score(ρ) = −log(max(0, 1 − ρ) + 0.05), on which the long tail of failures does
 not drown the rest; a "mix" is the mean of several, which err apart. Signs of FEATURES hold in all
@@ -18,12 +18,13 @@ import numpy as np
 from jaxtyping import Float
 
 from mergeprobe.errors import NotForecastable
-from mergeprobe.predict.features import COLUMNS, SETTING, SIGNS, TIERS, Tier, columns_of
+from mergeprobe.predict.features import COLUMNS, SETTING, SIGNS, Tier, columns_of
+from mergeprobe.predict.menus import CANDIDATES, MENUS, TAIL, Candidate
+from mergeprobe.predict.novelty import quantiles
 from mergeprobe.predict.ridge import score
 
 Matrix = Float[np.ndarray, "rows columns"]
 Vector = Float[np.ndarray, " rows"]
-TAIL = 0.8
 
 
 class Model(Protocol):
@@ -33,70 +34,6 @@ class Model(Protocol):
     def columns(self) -> tuple[str, ...]: ...
     def scores(self, values: Matrix) -> Vector: ...
     def to_json(self) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """kind: "ridge", "trees" or "mix". menu: a row of MENUS, absent for a mix. parts: of a mix.
-    options: penalty of a ridge; rounds, depth, rate, leaf (least weight in one), shrink of trees;
-    of both tail (default 0: how much more a failure, ρ < TAIL, weighs than another row) and
-    signed (default 1; 0 lets go of the signs of FEATURES).
-    """
-
-    kind: str
-    menu: str = ""
-    options: Mapping[str, float] = field(default_factory=dict)
-    parts: tuple[str, ...] = ()
-
-
-_DISTURBED = (
-    *("own_gain", "disturbance_late", "disturbance_final", "early_retention"),
-    *("extrapolated_merge", "gradient_cosine_base"),
-)
-_PROBED = (
-    *("own_gain_early", "gradient_cosine_base", "interference_ratio", "drift_ratio", "js_to_kl"),
-    "surrogate",
-)
-_WEIGHED = ("frobenius_cosine", "frobenius_size", "norm_ratio", "output_overlap", "union_rank")
-MENUS: dict[str, Mapping[Tier, tuple[str, ...] | None]] = {
-    "own": dict.fromkeys(TIERS, ("own_gain", "own_gain_early", "own_loss_slope")),
-    "few": {"weights": _WEIGHED, "file": _PROBED, "model": _DISTURBED},
-    "core": dict.fromkeys(TIERS, (*_DISTURBED, *_PROBED, *_WEIGHED)),
-    "wide": dict.fromkeys(
-        TIERS,
-        (
-            *_DISTURBED,
-            *_PROBED,
-            *_WEIGHED,
-            *("log_length", "log_length_ratio", "nonadditivity_late", "kl_merge"),
-            *("kl_own_other", "js_own_other", "early_transfer", "joint_gradient_cosine"),
-            *("set_early_retention", "set_extrapolated_merge", "set_surrogate"),
-            *("own_loss_slope", "own_kl_to_base", "gradient_cosine", "data_weighted"),
-            *("first_order_transfer_snapshot", "drift_cosine", "js_divergence"),
-            *("own_stable_rank", "own_effective_rank", "amplification", "shared_init"),
-        ),
-    ),
-    "all": dict.fromkeys(TIERS, None),
-}
-"""Features to choose from, small to large, for each tier; those of a higher tier than asked are
-left out, and SETTING is always there. "few" are the signals that the pilot's choice took."""
-
-_SHALLOW = {"rounds": 150, "depth": 3, "rate": 0.05, "leaf": 8, "shrink": 5.0}
-_DEEP = {"rounds": 200, "depth": 5, "rate": 0.04, "leaf": 12, "shrink": 5.0}
-CANDIDATES: dict[str, Candidate] = {
-    "ridge, own": Candidate("ridge", "own", {"penalty": 0.05}),
-    "ridge, few": Candidate("ridge", "few", {"penalty": 0.05}),
-    "ridge, core": Candidate("ridge", "core", {"penalty": 0.2}),
-    "ridge, wide": Candidate("ridge", "wide", {"penalty": 0.3}),
-    "trees, few": Candidate("trees", "few", _SHALLOW),
-    "trees, wide": Candidate("trees", "wide", _SHALLOW),
-    "trees, all": Candidate("trees", "all", _DEEP),
-    "mix, few": Candidate("mix", parts=("ridge, few", "trees, few")),
-    "mix, wide": Candidate("mix", parts=("ridge, wide", "trees, wide")),
-    "mix of four": Candidate(
-        "mix", parts=("ridge, few", "ridge, core", "trees, few", "trees, wide")
-    ),
-}
 
 
 def fit_model(
@@ -122,8 +59,11 @@ def fit_model(
     columns = _telling([c for c in allowed if c not in set(without)], values)
     signs = SIGNS if options.get("signed", 1) else {}
     weight = weight * (1.0 + options.get("tail", 0.0) * (goal < score(TAIL)))
-    if candidate.kind == "ridge":
-        return fit_ridge(columns, values, goal, weight, options["penalty"], signs)
+    if candidate.kind == "ridge" or not columns:  # no trees without a column: a constant
+        own = bool(options.get("by_method", 0))
+        return fit_ridge(
+            columns, values, goal, weight, options.get("penalty", 0.1), signs=signs, by_method=own
+        )
     return fit_trees(columns, values, goal, weight, options, signs, seed)
 
 
@@ -140,9 +80,11 @@ def _telling(columns: Sequence[str], values: Matrix) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------ ridge
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """score = intercept + Σ coefficient · (x − mean)/scale + Σ absent · [x missing].
+    """score = intercept + Σ (e·under_mean + (1 − e)·under_sum) · (x − mean)/scale
+    + Σ absent · [x missing].
 
-    x is cut to [low, high], the fitted rows' 1 % and 99 %, and is `median` where missing.
+    e is the method's exponent: 1 under the mean, 0 under the sum. x is cut to [low, high], the
+    fitted rows' 1 % and 99 %, and is `median` where missing.
     """
 
     columns: tuple[str, ...]
@@ -152,30 +94,25 @@ class Linear:
     median: Vector
     mean: Vector
     scale: Vector
-    coefficient: Vector
+    under_mean: Vector
+    under_sum: Vector
     absent: Vector
 
     def scores(self, values: Matrix) -> Vector:
         picked = values[:, [COLUMNS.index(name) for name in self.columns]]
         missing = np.isnan(picked)
         seen = np.clip(np.where(missing, self.median, picked), self.low, self.high)
-        return (
-            self.intercept
-            + (seen - self.mean) / self.scale @ self.coefficient
-            + missing @ self.absent
-        )
+        seen = (seen - self.mean) / self.scale
+        exponent = values[:, COLUMNS.index("exponent")]
+        slopes = exponent * (seen @ self.under_mean) + (1.0 - exponent) * (seen @ self.under_sum)
+        return self.intercept + slopes + missing @ self.absent
 
     def to_json(self) -> dict[str, Any]:
-        numbers = {name: getattr(self, name).tolist() for name in _LINEAR}
-        return {
-            "kind": "ridge",
-            "columns": list(self.columns),
-            "intercept": self.intercept,
-            **numbers,
-        }
+        head = {"kind": "ridge", "columns": list(self.columns), "intercept": self.intercept}
+        return head | {name: getattr(self, name).tolist() for name in _LINEAR}
 
 
-_LINEAR = ("low", "high", "median", "mean", "scale", "coefficient", "absent")
+_LINEAR = ("low", "high", "median", "mean", "scale", "under_mean", "under_sum", "absent")
 
 
 def fit_ridge(
@@ -184,43 +121,57 @@ def fit_ridge(
     goal: Vector,
     weight: Vector,
     penalty: float,
+    *,
     signs: Mapping[str, int] = SIGNS,
+    by_method: bool = False,
 ) -> Linear:
     """Weighted ridge on standardised columns, signs kept by bounded least squares. penalty: per
-    row and standard deviation."""
-    from scipy.optimize import lsq_linear
-
+    row and standard deviation. by_method: slopes under the mean and under the sum of their own,
+    other methods between."""
     picked = values[:, [COLUMNS.index(name) for name in columns]]
     missing = np.isnan(picked)
-    low, median, high = np.nanquantile(picked, [0.01, 0.5, 0.99], axis=0)
+    low, median, high = quantiles(picked, 0.01, 0.5, 0.99)
     seen = np.clip(np.where(missing, median, picked), low, high)
     share = weight / weight.sum()
     mean = share @ seen
     scale = np.sqrt(share @ (seen - mean) ** 2) + 1e-9
+    seen = (seen - mean) / scale
+    exponent = values[:, [COLUMNS.index("exponent")]]
+    own = np.array([by_method and name not in SETTING for name in columns], bool)
     some = missing.any(0) & ~missing.all(0)
-    absent = missing[:, some].astype(float)
-    centre = share @ absent
-    design = np.concatenate([(seen - mean) / scale, absent - centre], 1)
-    intercept = float(share @ goal)
-    gram = design.T @ (design * share[:, None]) + penalty * np.eye(design.shape[1])
+    # both ends of a slope, the slopes that all methods share, the jumps where a value is missing
+    blocks = [seen[:, own] * exponent, seen[:, own] * (1 - exponent), seen[:, ~own]]
+    design = np.concatenate([*blocks, missing[:, some].astype(float)], 1)
+    names = [name for name, mine in zip(columns, own, strict=True) if mine] * 2
+    names += [name for name, mine in zip(columns, own, strict=True) if not mine]
+    side = np.array([signs.get(name, 0) for name in names] + [0] * int(some.sum()))
+    found, intercept = _bounded(design, goal, share, penalty, side)
+    both, rest = int(own.sum()), int((~own).sum())
+    under_mean, under_sum, absent = np.zeros((3, len(columns)))
+    under_mean[own], under_sum[own] = found[:both], found[both : 2 * both]
+    under_mean[~own] = under_sum[~own] = found[2 * both : 2 * both + rest]
+    absent[some] = found[2 * both + rest :]
+    return Linear(
+        tuple(columns), intercept, low, high, median, mean, scale, under_mean, under_sum, absent
+    )
+
+
+def _bounded(
+    design: Matrix, goal: Vector, share: Vector, penalty: float, side: np.ndarray
+) -> tuple[Vector, float]:
+    """(coefficients, intercept) of the penalised least squares with signs `side`."""
+    from scipy.optimize import lsq_linear
+
+    if not design.shape[1]:
+        return np.zeros(0), float(share @ goal)
+    centre, level = share @ design, float(share @ goal)
+    moved = design - centre
+    gram = moved.T @ (moved * share[:, None]) + penalty * np.eye(design.shape[1])
     root = np.linalg.cholesky(gram)
-    aim = np.linalg.solve(root, design.T @ (share * (goal - intercept)))
-    side = np.array([signs.get(name, 0) for name in columns] + [0] * int(some.sum()))
+    aim = np.linalg.solve(root, moved.T @ (share * (goal - level)))
     bounds = np.where(side > 0, 0.0, -np.inf), np.where(side < 0, 0.0, np.inf)
     found = np.asarray(lsq_linear(root.T, aim, bounds=bounds).x)
-    jumps = np.zeros(len(columns))
-    jumps[some] = found[len(columns) :]
-    return Linear(
-        columns=tuple(columns),
-        intercept=intercept - float(centre @ jumps[some]),
-        low=low,
-        high=high,
-        median=median,
-        mean=mean,
-        scale=scale,
-        coefficient=found[: len(columns)],
-        absent=jumps,
-    )
+    return found, level - float(centre @ found)
 
 
 # ------------------------------------------------------------------------------------------ trees

@@ -8,6 +8,7 @@ Needs no torch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from mergeprobe.predict.features import COLUMNS, SETTING
 REFERENCES = 400
 NEAREST = 3
 EDGE = 0.99
+LEAST = 0.05
+"""Rows closer than this (in standard deviations) are the same, whatever training rows do."""
 CUT = 8.0
 """Scaled features are cut here, so that one wild signal alone does not decide the distance."""
 
@@ -74,9 +77,7 @@ def fit_novelty(
     they are known to be covered, or the method is refused by name."""
     columns = tuple(name for name in columns if name not in SETTING or name == "log_progress")
     picked = values[:, [COLUMNS.index(name) for name in columns]]
-    low, first, median, third, high = np.nanquantile(
-        picked, [0.005, 0.25, 0.5, 0.75, 0.995], axis=0
-    )
+    low, first, median, third, high = quantiles(picked, 0.005, 0.25, 0.5, 0.75, 0.995)
     # a column with one common value has no interquartile range
     scale = np.maximum((third - first) / 1.349, (high - low) / 6.0) + 1e-9
     rows = scaled(picked, median, scale)
@@ -87,7 +88,7 @@ def fit_novelty(
         mine, theirs = groups == group, groups != group
         if not theirs.any():
             theirs = ~theirs
-        ends = np.nanquantile(picked[theirs], [0.005, 0.995], axis=0)
+        ends = quantiles(picked[theirs], 0.005, 0.995)
         outside[mine] = _outside(picked[mine], *ends)
         others = chosen[theirs[chosen]]
         distance[mine] = _nearest(rows[mine], rows[others if len(others) else chosen])
@@ -98,9 +99,20 @@ def fit_novelty(
         median=median,
         scale=scale,
         references=np.round(rows[chosen], 3),
-        edge_outside=max(float(np.quantile(outside, EDGE)), 1.0 / len(columns)),
-        edge_distance=max(float(np.quantile(distance, EDGE)), 1e-6),
+        edge_outside=max(float(np.quantile(outside, EDGE)), 1.0 / max(len(columns), 1)),
+        edge_distance=max(float(np.quantile(distance, EDGE)), LEAST),
     )
+
+
+def quantiles(
+    picked: Float[np.ndarray, "rows columns"], *levels: float
+) -> Float[np.ndarray, "levels columns"]:
+    """Of each column's known values; also where there is no column at all."""
+    if not picked.shape[1]:
+        return np.zeros((len(levels), 0))
+    with warnings.catch_warnings():  # a column that is missing in all of these rows stays NaN
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanquantile(picked, levels, axis=0)
 
 
 def novelty_from_json(value: Mapping[str, Any]) -> Novelty:
@@ -134,7 +146,7 @@ def _nearest(
     squares = (rows**2).sum(1)[:, None] - 2.0 * rows @ references.T + (references**2).sum(1)
     count = min(NEAREST, len(references))
     closest = np.partition(squares, count - 1, axis=1)[:, :count]
-    return np.sqrt(np.maximum(closest, 0.0) / rows.shape[1]).mean(1)
+    return np.sqrt(np.maximum(closest, 0.0) / max(rows.shape[1], 1)).mean(1)
 
 
 def _spread_out(count: int, seed: int) -> np.ndarray:

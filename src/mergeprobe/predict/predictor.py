@@ -22,7 +22,7 @@ from mergeprobe.errors import NotForecastable
 from mergeprobe.predict.conformal import LEVEL, family_weights
 from mergeprobe.predict.features import COLUMNS, FEATURES, TIERS, Tier
 from mergeprobe.predict.learning import Rows
-from mergeprobe.predict.models import CANDIDATES, Candidate
+from mergeprobe.predict.menus import CANDIDATES, Candidate
 from mergeprobe.predict.tier import Aim, Centre, Guess, TierModel, fit_tier, tier_from_json
 
 SCHEMA = 1
@@ -38,11 +38,13 @@ NEEDED: dict[Tier, tuple[str, ...]] = {
 @dataclass(frozen=True, eq=False)
 class Predictor:
     """tiers: a model for each tier it was fitted for. card: on what, and how well it does.
-    centre: whether a forecast is the median or the mean of its predictive distribution."""
+    centre: whether a forecast is the median or the mean of its predictive distribution.
+    guaranteed: whether intervals are the conformal ones, which are wider (see conformal.py)."""
 
     tiers: Mapping[Tier, TierModel]
     card: Mapping[str, Any]
     centre: Centre = "median"
+    guaranteed: bool = False
 
     def supports(self, values: Float[np.ndarray, "rows columns"]) -> list[Tier | None]:
         """The highest tier that can speak of each row; None where not even the lowest can."""
@@ -57,7 +59,7 @@ class Predictor:
         return best
 
     def predict(self, values: Float[np.ndarray, "rows columns"], tier: Tier | None = None) -> Guess:
-        """Forecasts for rows of features.COLUMNS (features.feature_matrix makes them).
+        """Forecasts for rows of features.COLUMNS (feature_rows.feature_matrix makes them).
 
         tier: which model speaks; default: for each row the highest that supports it. Rows that
         no tier supports get NaN. Raises NotForecastable for a tier that was not fitted.
@@ -72,13 +74,13 @@ class Predictor:
                 raise NotForecastable(
                     f"this predictor has no '{tier}' tier; it has {', '.join(self.tiers)}"
                 )
-            return self.tiers[tier].predict(values, self.centre)
+            return self.tiers[tier].predict(values, self.centre, guaranteed=self.guaranteed)
         supported = np.array([t or "" for t in self.supports(values)])
         filled = {name: np.full(len(values), np.nan) for name in Guess.__dataclass_fields__}
         for each, model in self.tiers.items():
             mask = supported == each
             if mask.any():
-                part = model.predict(values[mask], self.centre)
+                part = model.predict(values[mask], self.centre, guaranteed=self.guaranteed)
                 for name in filled:
                     filled[name][mask] = getattr(part, name)
         return Guess(**filled)
@@ -98,6 +100,7 @@ class Predictor:
                 "schema_version": SCHEMA,
                 "made_by": MADE_BY,
                 "centre": self.centre,
+                "guaranteed": self.guaranteed,
                 "tiers": list(self.tiers),
                 **self.card,
             }
@@ -123,9 +126,9 @@ def load_predictor(folder: str | Path) -> Predictor:
             tiers[tier] = tier_from_json(value)
         except (KeyError, TypeError, ValueError) as problem:
             raise NotForecastable(f"'{file}' is no predictor: {problem!r}") from None
-    known = ("schema_version", "made_by", "centre", "tiers")
+    known = ("schema_version", "made_by", "centre", "guaranteed", "tiers")
     rest = {key: value for key, value in card.items() if key not in known}
-    return Predictor(tiers, rest, card.get("centre", "median"))
+    return Predictor(tiers, rest, card.get("centre", "median"), bool(card.get("guaranteed")))
 
 
 def fit_predictor(
@@ -134,6 +137,7 @@ def fit_predictor(
     tiers: Sequence[Tier] = TIERS,
     candidates: Mapping[str, Candidate] = CANDIDATES,
     centre: Centre = "median",
+    guaranteed: bool = False,
     aim: Aim = "score",
     seed: int = 0,
     card: Mapping[str, Any] | None = None,
@@ -148,7 +152,7 @@ def fit_predictor(
     fitted: dict[Tier, TierModel] = {
         tier: fit_tier(rows, tier, candidates=candidates, aim=aim, seed=seed) for tier in tiers
     }
-    return Predictor(fitted, describe(rows, fitted) | dict(card or {}), centre)
+    return Predictor(fitted, describe(rows, fitted) | dict(card or {}), centre, guaranteed)
 
 
 def describe(rows: Rows, tiers: Mapping[Tier, TierModel]) -> dict[str, Any]:
@@ -165,13 +169,13 @@ def describe(rows: Rows, tiers: Mapping[Tier, TierModel]) -> dict[str, Any]:
         "rows": len(rows),
         "dropped": dict(rows.dropped),
         "mean_retention": round(float(even @ rows.target), 4),
-        "interval": f"{LEVEL:.0%}, marginal over exchangeable families of tasks",
+        "interval": f"{LEVEL:.0%} of rows of new families, as far as families are exchangeable",
         "models": {
             tier: {
                 "chosen": model.chosen,
                 "columns": list(model.model.columns),
                 "squared_errors": dict(model.errors),
-                "interval_exact": model.predictive.exact,
+                "guarantee_possible": model.predictive.correction is not None,
                 "calibrated_on_families": model.predictive.families,
             }
             for tier, model in tiers.items()

@@ -25,6 +25,8 @@ FEWEST_IN_FOLD = 5
 class Tested:
     """Rows with a forecast each, and the fold (by name) that each was tested in."""
 
+    __test__ = False  # not a test class, whatever its name begins with
+
     rows: Rows
     guess: Guess
     fold: Shaped[np.ndarray, " rows"]

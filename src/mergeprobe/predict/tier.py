@@ -17,7 +17,8 @@ from mergeprobe.plan import Forecast
 from mergeprobe.predict.conformal import Predictive, fit_predictive, predictive_from_json
 from mergeprobe.predict.features import Tier
 from mergeprobe.predict.learning import LOWEST, Rows
-from mergeprobe.predict.models import CANDIDATES, Candidate, Model, fit_model, model_from_json
+from mergeprobe.predict.menus import CANDIDATES, Candidate
+from mergeprobe.predict.models import Model, fit_model, model_from_json
 from mergeprobe.predict.novelty import Novelty, fit_novelty, novelty_from_json
 from mergeprobe.predict.ridge import FLOOR, score
 from mergeprobe.predict.splits import Fold, unseen_all
@@ -66,9 +67,17 @@ class TierModel:
     top: float
     errors: Mapping[str, float]
 
-    def predict(self, values: Float[np.ndarray, "rows columns"], centre: Centre) -> Guess:
+    def predict(
+        self,
+        values: Float[np.ndarray, "rows columns"],
+        centre: Centre = "median",
+        *,
+        guaranteed: bool = False,
+    ) -> Guess:
+        """centre: of the predictive distribution. guaranteed: conformal.Predictive.ends."""
         forecast = self.model.scores(values)
-        low, high = (self._retention(end) for end in self.predictive.ends(forecast, values))
+        ends = self.predictive.ends(forecast, values, guaranteed=guaranteed)
+        low, high = (self._retention(end) for end in ends)
         if centre == "mean":
             draws = self.predictive.draws(forecast, values)
             retention = _unscored(draws, 1.0).mean(1)

@@ -16,7 +16,7 @@ from mergeprobe.errors import NotForecastable
 from mergeprobe.predict.baselines import Fitter, learned
 from mergeprobe.predict.features import FEATURES, Tier, columns_of
 from mergeprobe.predict.learning import Rows
-from mergeprobe.predict.models import CANDIDATES, Candidate
+from mergeprobe.predict.menus import CANDIDATES, Candidate
 from mergeprobe.predict.scores import METRICS, Tested, bootstrap, scores_of, spearman
 from mergeprobe.predict.splits import Fold
 from mergeprobe.predict.tier import Guess
@@ -167,13 +167,16 @@ def ablations(
     folds: Sequence[Fold],
     tier: Tier,
     *,
+    families: Sequence[str] | None = None,
     candidates: Mapping[str, Candidate] = QUICK,
     by: Sequence[str] = ("method",),
     seed: int = 0,
 ) -> pl.DataFrame:
-    """Scores with each family of signals alone ("alone") and with all others ("without")."""
+    """Scores with each family of signals alone ("alone") and with all others ("without").
+    families: default all of the tier."""
     names = [name for name in columns_of(tier) if name in FEATURES]
-    families = list(dict.fromkeys(FEATURES[name].family for name in names))
+    if families is None:
+        families = list(dict.fromkeys(FEATURES[name].family for name in names))
     fitters = {"all signals": learned(tier, candidates=candidates, seed=seed)}
     for family in families:
         mine = [name for name in names if FEATURES[name].family == family]
