@@ -354,6 +354,19 @@ def test_only_checkpoints_before_a_missing_probe_are_used(tmp_path):
     assert newest_checkpoint(tmp_path).endswith("-40")
 
 
+def test_what_a_killed_run_was_writing_is_swept(base_folder, tmp_path):
+    folder = CohortFolder(tmp_path, tiny(base_folder))
+    folder.claim()
+    half, whole = folder.path / "measured" / ".mean-a.json.x1.tmp", folder.measured / "mean-a.json"
+    half.parent.mkdir()
+    (folder.path / "adapters" / ".math.x2.tmp").mkdir(parents=True)
+    half.touch()
+    whole.touch()
+    folder.claim()
+    assert [path.name for path in folder.path.rglob("*.tmp")] == []
+    assert whole.exists()
+
+
 def test_two_runs_do_not_meet(base_folder, tmp_path):
     fcntl = pytest.importorskip("fcntl")
     (tmp_path / "work").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -36,8 +37,17 @@ class CohortFolder:
         if self.spec_file.exists():
             found, _ = read_spec(self.spec_file)
             refuse_other(found, self.spec, self.path)
+            self._sweep()
         else:
             write_spec(self.spec_file, self.spec, MADE_BY)
+
+    def _sweep(self) -> None:
+        """Removes what a killed run was writing: temporary names, hidden beside their targets."""
+        for path in [*self.path.rglob(".*.tmp"), *self.path.rglob(".*.old")]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def made_by(self) -> str:
         """What made the cohort: the version that started it."""
