@@ -13,7 +13,12 @@ from synthetic_bank import bank
 
 from mergeprobe.artefact import write_parquet
 from mergeprobe.errors import DataError, NotForecastable
-from mergeprobe.predict.conformal import family_quantile, family_weights, weighted_quantile
+from mergeprobe.predict.conformal import (
+    family_quantile,
+    family_weights,
+    shortest,
+    weighted_quantile,
+)
 from mergeprobe.predict.feature_rows import feature_matrix
 from mergeprobe.predict.features import COLUMNS, FEATURES, SETTING, SIGNS, columns_of
 from mergeprobe.predict.learning import learning_rows, read_rows
@@ -257,6 +262,16 @@ def test_conformal_quantile_by_hand():
     assert family_quantile(values, list("abcd"), 0.6) == 3.0
     assert family_quantile(values, list("abcd"), 0.8) == 4.0
     assert family_quantile(values, list("abcd"), 0.9) == math.inf
+
+
+def test_shortest_by_hand():
+    values, even = np.arange(1.0, 101.0), np.ones(100)
+    low, high = shortest(values**2, even, 0.9, lambda a, b: b - a)
+    assert high - low == min(
+        (k + 90) ** 2 - k**2 for k in range(1, 10)
+    )  # squares are crowded at the low end
+    # where the upper end costs nothing, all of the misses go below
+    assert shortest(values, even, 0.9, lambda a, b: -a) == (10.0, 100.0)
 
 
 def test_intervals_cover_new_families():

@@ -236,6 +236,8 @@ def test_scores_by_hand():
     assert got["Spearman"] == pytest.approx(1.0)
     assert got["coverage"] == pytest.approx(2 / 3)
     assert got["width"] == pytest.approx((0.3 + 0.3 + 0.6) / 3)
+    # the second interval misses by 0.1, which costs 20 times that
+    assert got["interval score"] == pytest.approx((0.3 + 0.3 + 20 * 0.1 + 0.6) / 3)
     assert got["AUC"] == 1.0
     assert math.isnan(scores_of(guessed(rows, [0.9, 0.7, 0.3]))["coverage"])
 
@@ -360,7 +362,8 @@ def test_ours_beats_the_baselines(tested):
         assert ours["R2"] > 0.7
         assert ours["within partners"] > 0.6
         assert abs(own["within partners"]) < 0.35  # no cross term, nothing to tell partners by
-        assert ours["relative width"] < 0.7
+        assert ours["relative width"] < 0.8
+        assert ours["interval score"] < 0.6 * by["method mean", method]["interval score"]
         assert ours["coverage"] > 0.85
         assert by["method mean", method]["relative width"] == 1.0
     assert interaction_skill(tested["ours"]) > 0.7

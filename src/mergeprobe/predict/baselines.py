@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from jaxtyping import Float
 
-from mergeprobe.predict.conformal import LEVEL, family_weights, weighted_quantile
+from mergeprobe.predict.conformal import LEVEL, family_weights, shortest
 from mergeprobe.predict.features import COLUMNS, FEATURES, SETTING, Tier, columns_of
 from mergeprobe.predict.learning import HIGHEST, LOWEST, Rows
 from mergeprobe.predict.menus import CANDIDATES, Candidate
@@ -60,7 +60,7 @@ def training_mean(train: Rows) -> Fitted:
 
 
 def method_mean(train: Rows) -> Fitted:
-    """The mean of each (method, set size), with its unconditional interval."""
+    """The mean of each (method, set size), with its unconditional interval (the shortest)."""
     keys = sorted(set(zip(train.method.tolist(), train.size.tolist(), strict=True)))
     place = {key: k for k, key in enumerate(keys)}
 
@@ -73,12 +73,11 @@ def method_mean(train: Rows) -> Fitted:
 
 def _constant(train: Rows, group: Callable[[Rows], np.ndarray]) -> Fitted:
     known = group(train)
-    tail = (1.0 - LEVEL) / 2.0
     ends: dict[int, tuple[float, float, float]] = {}
     for key in {*known.tolist(), -1}:
         mine = train.pick(known == key) if key >= 0 else train
         even = family_weights(mine.family)
-        low, high = (weighted_quantile(mine.target, q, even) for q in (tail, 1.0 - tail))
+        low, high = shortest(mine.target, even, LEVEL, lambda a, b: b - a)
         ends[key] = float(np.average(mine.target, weights=mine.weight)), low, high
 
     def guess(rows: Rows) -> Guess:

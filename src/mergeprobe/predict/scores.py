@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from mergeprobe.predict.conformal import LEVEL
 from mergeprobe.predict.learning import Rows
 from mergeprobe.predict.tier import MERGEABLE, Guess
 
@@ -115,6 +116,15 @@ def width(tested: Tested, weight: Vector) -> float:
     return float(np.average(tested.guess.high - tested.guess.low, weights=weight))
 
 
+def interval_score(tested: Tested, weight: Vector) -> float:
+    """Width + 2/(1 − level) times what misses miss by, in retention: the smaller the better; it
+    weighs width against coverage (Gneiting & Raftery 2007)."""
+    guess, true = tested.guess, tested.rows.target
+    missed = np.maximum(guess.low - true, 0.0) + np.maximum(true - guess.high, 0.0)
+    scores = guess.high - guess.low + 2.0 / (1.0 - LEVEL) * missed
+    return float(np.average(scores, weights=weight))
+
+
 Metric = Callable[[Tested, Vector], float]
 METRICS: dict[str, Metric] = {
     "MAE": mae,
@@ -125,6 +135,7 @@ METRICS: dict[str, Metric] = {
     "AUC": mergeable_auc,
     "coverage": coverage,
     "width": width,
+    "interval score": interval_score,
 }
 
 

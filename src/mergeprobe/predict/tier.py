@@ -77,7 +77,9 @@ class TierModel:
         """centre: of the predictive distribution. guaranteed: conformal.Predictive.ends."""
         forecast = self.model.scores(values)
         ends = self.predictive.ends(forecast, values, guaranteed=guaranteed)
-        low, high = (self._retention(end) for end in ends)
+        low, high = (_unscored(end, self.top) for end in ends)
+        # what is lost below the noise of a measurement is not told apart from nothing
+        high = np.where(high >= 1.0 - FLOOR / 2, self.top, high)
         if centre == "mean":
             draws = self.predictive.draws(forecast, values)
             retention = _unscored(draws, 1.0).mean(1)
@@ -90,9 +92,6 @@ class TierModel:
             mergeable=self.predictive.above(float(score(MERGEABLE)), forecast, values),
             novelty=self.novelty.score(values),
         )
-
-    def _retention(self, scores: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
-        return _unscored(scores, self.top)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -171,7 +170,7 @@ def fit_tier(
             forecasts[chosen][seen], goal[seen], rows.values[seen], weight, rows.family[seen]
         ),
         novelty=fit_novelty(model.columns, rows.values, rows.family, seed),
-        top=max(1.0, float(np.quantile(above, 0.975))) if len(above) else 1.0,
+        top=max(1.0 + FLOOR / 2, float(np.quantile(above, 0.99)) if len(above) else 1.0),
         errors={name: round(value, 5) for name, value in errors.items()},
     )
 
