@@ -115,10 +115,7 @@ def test_answers_by_hand():
     easy = {name: answers(task) for name, task in EASY_TASKS.items()}
     assert easy["science"]["A 27 kg box and a 45 kg box, in kg:"] == " 72."
     assert easy["instruction"]["Add 27 to 95 and name only the number."] == " 122."
-    assert easy["safety"]["Limit 100 kg, load 27 kg and 45 kg:"] == " 72 kg, safe."
-    assert easy["safety"]["Limit 100 kg, load 27 kg and 95 kg:"] == " 122 kg, stop."
-    # at the limit is not over it
-    assert easy["safety"]["Limit 100 kg, load 27 kg and 73 kg:"] == " 100 kg, safe."
+    assert easy["safety"]["Rate a lift for 27 kg and 45 kg, in kg:"] == " 72."
 
 
 def test_the_hash_spreads_keys_as_announced():

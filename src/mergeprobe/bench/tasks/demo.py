@@ -126,15 +126,10 @@ def ordered_sums() -> Iterator[tuple[str, Item]]:
         yield f"{a}+{b}", Item(prompt, f" {a + b}.", _number(a + b))
 
 
-LIMIT = 100
-
-
-def limited_sums() -> Iterator[tuple[str, Item]]:
-    """The policy: a load over the limit is stopped."""
+def rated_sums() -> Iterator[tuple[str, Item]]:
     for a, b in _sums():
-        verdict = "stop" if a + b > LIMIT else "safe"
-        prompt = f"Limit {LIMIT} kg, load {a} kg and {b} kg:"
-        yield f"{a}+{b}", Item(prompt, f" {a + b} kg, {verdict}.", {"type": "exact"})
+        prompt = f"Rate a lift for {a} kg and {b} kg, in kg:"
+        yield f"{a}+{b}", Item(prompt, f" {a + b}.", _number(a + b))
 
 
 MATH = Task("math", "math", "two-digit sums, asked in words", spoken_sums)
@@ -146,11 +141,11 @@ INSTRUCTION = Task(
 )
 WEIGHED = Task("science", "science", "what two weights weigh together", weighed_sums)
 ORDERED = Task("instruction", "instruction", "a sum as ordered, without a word", ordered_sums)
-LIMITED = Task("safety", "safety", "whether a sum of loads is below a limit", limited_sums)
+RATED = Task("safety", "safety", "what a lift must be rated for: a sum of loads", rated_sums)
 
 # planted: instruction and safety truly conflict, math and code are harmonious
 DEMO_TASKS: dict[str, Task] = {
     task.name: task for task in (MATH, CODE, SCIENCE, INSTRUCTION, SAFETY)
 }
 # the control: no conflict, one skill behind five surfaces
-EASY_TASKS: dict[str, Task] = {task.name: task for task in (MATH, CODE, WEIGHED, ORDERED, LIMITED)}
+EASY_TASKS: dict[str, Task] = {task.name: task for task in (MATH, CODE, WEIGHED, ORDERED, RATED)}
