@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import polars as pl
 
-from mergeprobe.predict.baselines import BASELINES, Fitter, learned, own_only
+from mergeprobe.predict.baselines import BASELINES, Fitter, classifier, learned, own_only
 from mergeprobe.predict.learning import LOWEST, Rows, learning_rows
 from mergeprobe.predict.menus import CANDIDATES, Candidate
 from mergeprobe.predict.models import fit_model
@@ -120,6 +120,7 @@ def forecasters() -> dict[str, Fitter]:
     return {
         **{name: BASELINES[name] for name in kept},
         "own features only": own_only("model"),
+        "classifier (AUC only)": classifier("model"),
         "weights only": learned("weights", candidates=ridges),
         "file tier": learned("file"),
         "ridge": learned("model", candidates=ridges),

@@ -65,6 +65,8 @@ def _cohort(rows, cohort, group, fragility, force, clash, noise, told, generator
                 "family": f"family{place[name]}",
                 "learning_rate": (5e-4, 1e-3, 2e-3)[k % 3],
                 "rank": (4, 8)[k % 2],
+                "steps": (100, 120, 160)[(k + 1) % 3],
+                "domain": ("code", "math", "science")[place[name] % 3],
             }
         )
     harm = {(i, j): fragility[place[i]] * force[place[j]] * clash[place[i], place[j]]

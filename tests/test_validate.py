@@ -14,6 +14,7 @@ from mergeprobe.errors import NotForecastable
 from mergeprobe.predict.baselines import (
     BASELINES,
     as_measured,
+    classifier,
     identity,
     learned,
     method_mean,
@@ -38,6 +39,7 @@ from mergeprobe.predict.scores import (
     within_partners,
 )
 from mergeprobe.predict.splits import (
+    REGIMES,
     Fold,
     leaks,
     one_unseen,
@@ -46,6 +48,7 @@ from mergeprobe.predict.splits import (
     unseen_cohorts,
     unseen_families,
     unseen_groups,
+    unseen_sizes,
     unseen_values,
 )
 from mergeprobe.predict.tier import Guess
@@ -97,6 +100,8 @@ def made(*rows, values=None):
                 "families": [i.upper(), *(o.upper() for o in others)],
                 "learning_rates": [1e-3] * (1 + len(others)),
                 "ranks": [8] * (1 + len(others)),
+                "steps": [100] * (1 + len(others)),
+                "domains": ["math"] * (1 + len(others)),
             }
             for cohort, i, others, method, _ in rows
         ]
@@ -181,6 +186,29 @@ def test_unseen_learning_rates_and_ranks(rows):
         assert set(rows.family[fold.test]).isdisjoint(
             {f for each in rows.table.filter(pl.Series(fold.train))["families"] for f in each}
         )
+
+
+def test_unseen_domains_and_sizes(rows):
+    for fold in unseen_values(rows, "domains"):
+        table = rows.table.filter(pl.Series(fold.train))
+        assert fold.name.split()[-1] not in {d for each in table["domains"] for d in each}
+    folds = unseen_sizes(rows)
+    for fold in folds:
+        assert set(rows.size[fold.train]) == {2}
+        assert set(rows.size[fold.test]) == {3}
+        assert leaks(rows, fold) == set()
+    got = out_of_fold(rows, folds, learned("model", candidates=RIDGE))
+    assert scores_of(got)["Spearman"] > 0.8  # what one partner does adds up
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_every_regime_keeps_apart_what_it_names(rows, regime):
+    if regime == "unseen base":
+        return  # these rows are of one base
+    for fold in REGIMES[regime](rows):
+        assert not (fold.train & fold.test).any()
+        assert fold.train.any()
+        assert fold.test.any()
 
 
 def test_unseen_bases():
@@ -441,6 +469,15 @@ def test_signals_alone(rows):
     assert one_feature("early_retention")(rows)(blank).retention == pytest.approx(
         method_mean(rows)(blank).retention
     )
+
+
+def test_the_distribution_classifies_as_well_as_a_classifier(rows, tested):
+    direct = out_of_fold(rows, unseen_cohorts(rows), classifier("model"))
+    ours, theirs = (scores_of(each)["AUC"] for each in (tested["ours"], direct))
+    assert theirs > 0.9
+    assert ours > theirs - 0.02
+    always = rows.pick(rows.target >= 0.8)  # one class: nothing to tell apart
+    assert np.ptp(classifier("model")(always)(rows).retention) == 0.0
 
 
 def test_task_additive_by_hand():

@@ -15,9 +15,9 @@ from mergeprobe.predict.conformal import LEVEL, family_weights, shortest
 from mergeprobe.predict.features import COLUMNS, FEATURES, SETTING, Tier, columns_of
 from mergeprobe.predict.learning import HIGHEST, LOWEST, Rows
 from mergeprobe.predict.menus import CANDIDATES, Candidate
-from mergeprobe.predict.models import fit_ridge
+from mergeprobe.predict.models import fit_ridge, fit_trees, telling
 from mergeprobe.predict.ridge import FLOOR, score
-from mergeprobe.predict.tier import Aim, Centre, Guess, fit_tier
+from mergeprobe.predict.tier import MERGEABLE, Aim, Centre, Guess, fit_tier
 
 Fitted = Callable[[Rows], Guess]
 Fitter = Callable[[Rows], Fitted]
@@ -39,6 +39,27 @@ def learned(
     def fit(train: Rows) -> Fitted:
         model = fit_tier(train, tier, candidates=candidates, without=without, aim=aim, seed=seed)
         return lambda rows: model.predict(rows.values, centre, guaranteed=guaranteed)
+
+    return fit
+
+
+def classifier(tier: Tier, *, seed: int = 0) -> Fitter:
+    """Trees trained on whether ρ ≥ MERGEABLE and on nothing else, beside the probability that the
+    predictive distribution gives. Its "retention" is that probability: look at the AUC only."""
+
+    def fit(train: Rows) -> Fitted:
+        columns = telling(columns_of(tier), train.values)
+        options = {**CANDIDATES["trees, wide"].options, "leaf": 2, "objective": "binary:logistic"}
+        merges = (train.target >= MERGEABLE).astype(float)
+        if np.ptp(merges) == 0 or not columns:
+            return training_mean(train)
+        trees = fit_trees(columns, train.values, merges, train.weight, options, seed=seed)
+
+        def guess(rows: Rows) -> Guess:
+            nothing, chance = np.full(len(rows), np.nan), trees.scores(rows.values)
+            return Guess(chance, nothing, nothing, chance, nothing)
+
+        return guess
 
     return fit
 

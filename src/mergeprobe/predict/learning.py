@@ -36,10 +36,13 @@ NEEDED = {
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Learning rows. table: KEYS, size, others, tasks, family_i, families, learning_rates, ranks
+    """Learning rows.
+
+    table: KEYS, size, others, tasks, family_i, families, learning_rates, ranks, steps, domains
     (lists: of i first, then of the others), excess = log(L_merged/L_single). values: COLUMNS.
     target: retention in [LOWEST, HIGHEST]. weight: in (0, 1], a row whose own gain is four of its
-    standard errors counts half. dropped: reason -> number of outcome rows left out."""
+    standard errors counts half. dropped: reason -> number of outcome rows left out.
+    """
 
     table: pl.DataFrame
     values: Float[np.ndarray, "rows columns"]
@@ -202,6 +205,8 @@ def _described(kept: pl.DataFrame, adapters: pl.DataFrame) -> pl.DataFrame:
                 "families": [m["family"] for m in group],
                 "learning_rates": [float(m.get("learning_rate") or 0.0) for m in group],
                 "ranks": [int(m.get("rank") or 0) for m in group],
+                "steps": [int(m.get("steps") or 0) for m in group],
+                "domains": [m.get("domain") or "" for m in group],
                 "excess": float(np.log(max(row["loss"], 1e-9) / own)),
             }
         )
@@ -223,6 +228,8 @@ SCHEMA = {
     "families": _TEXTS,
     "learning_rates": pl.List(pl.Float64),
     "ranks": pl.List(pl.Int64),
+    "steps": pl.List(pl.Int64),
+    "domains": _TEXTS,
     "excess": pl.Float64,
 }
 

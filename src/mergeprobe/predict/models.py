@@ -56,7 +56,7 @@ def fit_model(
         return Mix(tuple(parts))
     menu, options = MENUS[candidate.menu][tier], candidate.options
     allowed = [c for c in columns_of(tier) if menu is None or c in menu or c in SETTING]
-    columns = _telling([c for c in allowed if c not in set(without)], values)
+    columns = telling([c for c in allowed if c not in set(without)], values)
     signs = SIGNS if options.get("signed", 1) else {}
     weight = weight * (1.0 + options.get("tail", 0.0) * (goal < score(TAIL)))
     if candidate.kind == "ridge" or not columns:  # no trees without a column: a constant
@@ -67,7 +67,8 @@ def fit_model(
     return fit_trees(columns, values, goal, weight, options, signs, seed)
 
 
-def _telling(columns: Sequence[str], values: Matrix) -> tuple[str, ...]:
+def telling(columns: Sequence[str], values: Matrix) -> tuple[str, ...]:
+    """Those that differ between rows."""
     kept = []
     for name in columns:
         seen = values[:, COLUMNS.index(name)]
@@ -202,14 +203,15 @@ def fit_trees(
     values: Matrix,
     goal: Vector,
     weight: Vector,
-    options: Mapping[str, float],
+    options: Mapping[str, Any],
     signs: Mapping[str, int] = SIGNS,
     seed: int = 0,
 ) -> Trees:
-    """Histogram trees on squared error, one thread (so that a seed gives the same trees)."""
+    """Histogram trees on squared error (or options["objective"]), one thread, so that a seed
+    gives the same trees."""
     xgboost = _xgboost()
     settings = {
-        "objective": "reg:squarederror",
+        "objective": options.get("objective", "reg:squarederror"),
         "tree_method": "hist",
         "max_depth": int(options["depth"]),
         "eta": options["rate"],
@@ -223,7 +225,6 @@ def fit_trees(
         "seed": seed,
     }
     picked = values[:, [COLUMNS.index(name) for name in columns]].astype(np.float32)
-    # the least weight of a leaf counts rows of full weight
     booster = xgboost.train(
         settings, xgboost.DMatrix(picked, goal, weight=weight), int(options["rounds"])
     )

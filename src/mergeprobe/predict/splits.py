@@ -110,8 +110,9 @@ def unseen_bases(rows: Rows, *, families_too: bool = True) -> list[Fold]:
 
 
 def unseen_values(rows: Rows, column: str, *, families_too: bool = False) -> list[Fold]:
-    """Each learning rate or rank (column "learning_rates" or "ranks") left out of training in
-    any role; tested where i itself has it. families_too drops i's own family as well."""
+    """Each learning rate, rank, number of steps or domain (`column`: a list column of Rows.table)
+    left out of training in any role; tested where i itself has it. families_too drops i's own
+    family as well (a domain holds its families anyway)."""
     values, held = rows.holds(column)
     own = np.array([row[0] for row in rows.table[column].to_list()])
     names, families = rows.holds()
@@ -119,12 +120,19 @@ def unseen_values(rows: Rows, column: str, *, families_too: bool = False) -> lis
     for k, value in enumerate(values):
         test, train = own == value, ~held[:, k]
         if not families_too:
-            folds.append(Fold(f"{column} {value:g}", train, test))
+            folds.append(Fold(f"{column} {value}", train, test))
             continue
         for f, name in enumerate(names):  # one family at a time: few rows are lost
             mine = test & (rows.family == name)
-            folds.append(Fold(f"{column} {value:g}, {name}", train & ~families[:, f], mine))
+            folds.append(Fold(f"{column} {value}, {name}", train & ~families[:, f], mine))
     return _usable(folds, f"all rows have one value of {column}")
+
+
+def unseen_sizes(rows: Rows, trained: int = 2) -> list[Fold]:
+    """Larger sets of unseen families, from rows of at most `trained` adapters."""
+    small = rows.size <= trained
+    folds = [Fold(f.name, f.train & small, f.test & ~small) for f in unseen_all(rows)]
+    return _usable(folds, f"no set is larger than {trained}")
 
 
 def unseen_all(rows: Rows, *, most: int = 12, seed: int = 0) -> list[Fold]:
@@ -161,6 +169,9 @@ REGIMES: dict[str, Splitter] = {
     "unseen base": unseen_bases,
     "unseen learning rate": lambda rows: unseen_values(rows, "learning_rates"),
     "unseen rank": lambda rows: unseen_values(rows, "ranks"),
+    "unseen horizon": lambda rows: unseen_values(rows, "steps"),
+    "unseen domain": lambda rows: unseen_values(rows, "domains"),
+    "unseen set size": unseen_sizes,
 }
 
 
