@@ -58,6 +58,7 @@ from mergeprobe.predict.validate import (
     difference_table,
     evaluate,
     interaction_skill,
+    novelty_table,
     out_of_fold,
     score_table,
     slices,
@@ -114,10 +115,10 @@ def made(*rows, values=None):
 
 def guessed(rows, retention, low=None, high=None, fold=None):
     retention = np.asarray(retention, dtype=float)
-    nothing = np.full(len(retention), np.nan)
+    nothing, novelty = np.full((2, len(retention)), np.nan)
     ends = [nothing if end is None else np.asarray(end, dtype=float) for end in (low, high)]
     fold = np.full(len(retention), "f") if fold is None else np.asarray(fold)
-    return Tested(rows, Guess(retention, *ends, nothing, nothing), fold)
+    return Tested(rows, Guess(retention, *ends, nothing, novelty), fold)
 
 
 # ------------------------------------------------------------------------------------ splits
@@ -537,6 +538,16 @@ def test_ablations_name_the_family_that_matters(rows):
     assert by["disturbance alone", "sum"] > 0.6
     assert by["update alone", "sum"] < 0.3
     assert by["all signals", "sum"] > 0.8
+
+
+def test_novelty_table():
+    rows = made(*[("c", "a", "b", "mean", v) for v in (1.0, 0.8, 0.2)])
+    tested = guessed(rows, [0.9, 0.8, 0.7], low=[0, 0, 0.6], high=[1, 1, 1])
+    tested.guess.novelty[:] = [0.1, 0.6, 1.5]
+    got = novelty_table(tested)
+    assert got["novelty from"].to_list() == [0.0, 0.5, 1.0]
+    assert got["MAE"].to_list() == pytest.approx([0.1, 0.0, 0.5])
+    assert got["coverage"].to_list() == [1.0, 1.0, 0.0]
 
 
 def test_slices(rows):

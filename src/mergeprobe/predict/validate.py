@@ -106,6 +106,20 @@ def difference_table(
     return pl.DataFrame(out)
 
 
+def novelty_table(tested: Tested, edges: Sequence[float] = (0.5, 0.75, 1.0)) -> pl.DataFrame:
+    """Whether what looks unlike the training rows is forecast worse: MAE, R², coverage and width
+    of rows by their novelty score (above 1: flagged as far)."""
+    level = np.digitize(tested.guess.novelty, edges)
+    out = []
+    for k, (low, high) in enumerate(zip((0.0, *edges), (*edges, np.inf), strict=True)):
+        part = tested.pick(level == k)
+        if len(part.rows):
+            found = scores_of(part)
+            kept = {name: found[name] for name in ("MAE", "R2", "coverage", "width")}
+            out.append({"novelty from": low, "to": high, "rows": len(part.rows), **kept})
+    return pl.DataFrame(out)
+
+
 def slices(rows: Rows, by: Sequence[str]) -> list[tuple[dict, np.ndarray]]:
     """(values of the columns, mask) of every combination that occurs, sorted."""
     if not by:
