@@ -17,7 +17,7 @@ from mergeprobe.bench.demo import run_demo
 from mergeprobe.bench.folder import Config, RunFolder
 from mergeprobe.bench.outcomes import Outcomes, regret, set_partitions
 from mergeprobe.compose import read_deployment
-from mergeprobe.errors import OutputExists
+from mergeprobe.errors import MergeProbeError, OutputExists
 from tests.tiny_base import tiny_model, write_tiny_base
 
 SMALL = {
@@ -124,6 +124,15 @@ def test_a_second_run_reuses_everything(finished):
     assert "train" not in stages
     assert "measure" not in stages
     assert folder.outcomes.read_bytes() == before
+
+
+def test_two_runs_do_not_meet(finished):
+    fcntl = pytest.importorskip("fcntl")
+    folder, _ = finished
+    with open(folder.path / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(MergeProbeError, match="another run is at work in"):
+            run_demo(folder.path, folder.config())
 
 
 def test_other_settings_are_refused_by_name(finished):

