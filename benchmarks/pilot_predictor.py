@@ -5,7 +5,7 @@
 
 PILOT holds rows_S1.csv and rows_S2.csv (188 ordered pairs, 20 tasks of 8 families, one seed,
 probes at 5 % and 10 % of 60 steps). They are put into the bank's layout first. One thread: about
-twenty minutes for the first, five for the second.
+fifteen minutes for the first, one for the second.
 """
 
 from __future__ import annotations
