@@ -34,7 +34,7 @@ def base_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(base_folder, tmp_path_factory):
     work = tmp_path_factory.mktemp("bank")
-    spec = tiny(base_folder, joint=True)
+    spec = tiny(base_folder, joint=True, truncated_ranks=(1, 3))
     (rows,) = run_cohorts([spec], work / "work", work / "rows", workers=0)
     return CohortFolder(work / "work", spec), rows
 
@@ -136,7 +136,7 @@ def test_unknown_tasks_are_met_at_once(base_folder, tmp_path):
 
 
 def test_jobs_come_after_what_they_need(tmp_path):
-    folder = CohortFolder(tmp_path, six(joint=True))
+    folder = CohortFolder(tmp_path, six(joint=True, truncated_ranks=(2, 8)))
     jobs = jobs_of(folder)
     place = {job: k for k, job in enumerate(jobs)}
     assert len(place) == len(jobs) == len({job.label for job in jobs})
@@ -144,7 +144,8 @@ def test_jobs_come_after_what_they_need(tmp_path):
         assert all(place[need] < place[job] for need in needs(job, folder))
         assert job_from(json.loads(json.dumps(job.message()))) == job
         assert not done(job, folder)
-    # 4 points with 6 lengths, 1 file tier, 6 adapters and 15 pairs; 25 sets by 5 methods, 1 joint
+    # 4 points with 6 lengths, 1 file tier, 6 adapters and 15 pairs; 25 sets by 5 methods, 1 joint;
+    # six cut to rank 2, the two of rank 16 to 8
     kinds = Counter(job.kind for job in jobs)
     assert kinds == {
         "train": 6,
@@ -155,6 +156,7 @@ def test_jobs_come_after_what_they_need(tmp_path):
         "early": 24,
         "pair": 60,
         "merge": 126,
+        "truncated": 8,
     }
 
 
@@ -164,12 +166,13 @@ def test_jobs_come_after_what_they_need(tmp_path):
 def test_rows_are_complete_and_unique(finished):
     _, rows = finished
     tables = read(rows)
-    # 2 points; 6 ordered pairs; one triple of 3; 3 methods and the joint adapter
+    # 2 points; 6 ordered pairs; one triple of 3; 3 methods and the joint adapter; ranks 2, 3 and 4
+    # cut to 1, the last one to 3 as well
     assert {name: len(table) for name, table in tables.items()} == {
         "adapters": 3,
         "pairs": 2 * 6,
         "sets": 2 * 3,
-        "outcomes": 3 * (3 * 2 + 3) + 3,
+        "outcomes": 3 * (3 * 2 + 3) + 3 + 4,
     }
     for name, table in tables.items():
         assert table.select(KEYS[name]).is_duplicated().sum() == 0
@@ -180,7 +183,8 @@ def test_rows_are_complete_and_unique(finished):
     assert [row["alpha"] for row in adapters] == [6, 4, 8]
     assert [row["data_items"] for row in adapters] == [12 * 8, 24 * 8, 14 * 8]
     assert all(row["made_by"].startswith("mergeprobe ") for row in adapters)
-    ranks = dict(tables["outcomes"].select("set", "rank").unique().iter_rows())
+    merges = tables["outcomes"].filter(pl.col("method") != "truncated")
+    ranks = dict(merges.select("set", "rank").unique().iter_rows())
     assert ranks["instruction+math"] == 3  # the largest among the members
 
 
@@ -220,6 +224,64 @@ def test_outcomes_are_ratios_of_measured_losses(finished):
     joint = outcomes.filter(pl.col("method") == "joint")
     assert set(joint["set"]) == {"+".join(SORTED)}
     assert sorted(joint["adapter"]) == list(SORTED)
+
+
+def test_adapters_alone_at_smaller_ranks(finished):
+    folder, rows = finished
+    table = read(rows)["outcomes"].filter(pl.col("method") == "truncated")
+    assert table["set"].to_list() == table["adapter"].to_list()
+    assert sorted(table.select("adapter", "rank", "size").iter_rows()) == [
+        ("instruction", 1, 1),
+        ("math", 1, 1),
+        ("safety", 1, 1),
+        ("safety", 3, 1),
+    ]
+    whole = read_adapter(folder.adapters / "safety")
+    row = table.row(by_predicate=pl.col("rank") == 3, named=True)
+    assert row["resident_parameters"] == whole.parameters * 3 // 4
+    # the certificate: what the smallest of four singular values holds, over all modules
+    dropped = [torch.linalg.svdvals(update.dense()) for update in whole.modules.values()]
+    lost, all_of_it = (sum(float((s[k:] ** 2).sum()) for s in dropped) for k in (3, 0))
+    assert row["error"] == pytest.approx((lost / all_of_it) ** 0.5, rel=1e-3)
+    base, single = (
+        read_measured(folder.measured, m).losses["safety"] for m in folder.singles("safety")
+    )
+    cut = read_measured(folder.measured, Measurement("truncated", ("safety",), 3)).losses["safety"]
+    kept = (base - cut).mean() / (base - single).mean()
+    assert row["gain_retention"] == pytest.approx(float(kept))
+
+
+def test_held_out_cohorts_have_all_that_decisions_need():
+    held = {name: spec for name, spec in COHORTS.items() if name.startswith("h")}
+    assert list(held) == ["h1", "h2", "h3", "h2-again"]
+    for spec in held.values():
+        assert Counter(map(len, spec.sets())) == {2: 15, 3: 20, 5: 2, 6: 1}
+        # ranks 4, 8, 16, twice each: cut to 1, 2; to 1, 2, 4; to 1, 2, 4, 8
+        assert Counter(rank for _, rank in spec.truncations()) == {1: 6, 2: 6, 4: 4, 8: 2}
+        assert spec.joint
+    for name, spec in COHORTS.items():
+        if name not in held:
+            assert spec.truncations() == []
+            assert Counter(map(len, spec.sets())) == {2: 15, 3: 8, 5: 2}
+    with pytest.raises(ValueError, match="truncated_ranks must rise"):
+        six(truncated_ranks=(4, 2))
+
+
+def test_a_folder_from_before_a_field_was_added_goes_on(tmp_path):
+    folder = CohortFolder(tmp_path, six())
+    write_spec(folder.spec_file, six(), "somebody 1.0")
+    value = json.loads(folder.spec_file.read_text())
+    del value["truncated_ranks"]
+    folder.spec_file.write_text(json.dumps(value))
+    folder.probes.mkdir()  # its work has begun
+    folder.claim()
+    assert json.loads(folder.spec_file.read_text()) == value
+    changed = CohortFolder(tmp_path, six(truncated_ranks=(1, 2)))
+    with pytest.raises(OutputExists, match="with other truncated_ranks"):
+        changed.claim()
+    folder.probes.rmdir()  # as a queue leaves the cohorts that it has not come to
+    changed.claim()
+    assert read_spec(folder.spec_file)[0] == changed.spec
 
 
 def test_pair_rows_say_what_j_does_to_i(finished):

@@ -26,6 +26,7 @@ from mergeprobe.evaluate.score import batch_of, score
 DEPLOYED = "deployed"
 BASE_MODEL = "base"
 JOINT = "joint"
+TRUNCATED = "truncated"
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Measurement:
     """Run every adapter's test items under what serves it.
 
     method: a merge rule over `adapters` at `rank` (None: exact), `deployed` for what the plan's
-    deployment serves, `base` for the base model, or `joint` for one adapter of that name, trained
-    on the data of all. A single adapter is its own mean.
+    deployment serves, `base` for the base model, `joint` for one adapter of that name, trained on
+    the data of all, or `truncated` for one adapter alone, cut to `rank`. A single adapter is its own mean.
     """
 
     method: str
@@ -139,9 +140,9 @@ class Bench:
         if wanted.method == JOINT:
             joint = self.adapter(JOINT)
             return dict.fromkeys(wanted.adapters, joint), 0.0, joint.parameters
-        merged = merge(
-            [self.adapter(name) for name in wanted.adapters], wanted.method, rank=wanted.rank
-        )
+        # an adapter alone is its own mean
+        method = "mean" if wanted.method == TRUNCATED else wanted.method
+        merged = merge([self.adapter(name) for name in wanted.adapters], method, rank=wanted.rank)
         serving = dict.fromkeys(wanted.adapters, merged.adapter)
         return serving, merged.certificate.total, merged.adapter.parameters
 

@@ -62,6 +62,14 @@ def again(of: CohortSpec, name: str, seed: int) -> CohortSpec:
 
 EARLIER = (0.025, *POINTS)
 
+# all triples and the whole set: what a plan may do, and what is done without one; adapters cut to
+# smaller ranks: what routing does with a plan's parameters
+_HELD_OUT: dict[str, Any] = {
+    "set_sizes": ((2, None), (3, None), (5, 2), (6, None)),
+    "truncated_ranks": (1, 2, 4, 8),
+    "joint": True,
+}
+
 # t: 18 families to learn from, each in two cohorts. h: nine other families, held out and frozen:
 # nothing is ever chosen by them. Both hold pairs with the same prompts and other answers.
 _T2 = cohort(
@@ -77,7 +85,7 @@ _H2 = cohort(
     seed=12,
     turn=1,
     init="shared",
-    joint=True,
+    **_HELD_OUT,
 )
 _ALL = (
     cohort(
@@ -94,7 +102,7 @@ _ALL = (
         seed=11,
         turn=0,
         points=EARLIER,
-        joint=True,
+        **_HELD_OUT,
     ),
     cohort(
         "t3",
@@ -122,7 +130,7 @@ _ALL = (
         ("common_class", "age_wait", "python_range", "nth_word", "later_time", "phrase_french"),
         seed=13,
         turn=2,
-        joint=True,
+        **_HELD_OUT,
     ),
     again(_T2, "t2-again", seed=22),
     again(_H2, "h2-again", seed=32),

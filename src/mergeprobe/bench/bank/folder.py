@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from mergeprobe.artefact import MADE_BY, check_schema, read_json, write_json
 from mergeprobe.bench.bank.spec import COHORT_SCHEMA, AdapterSpec, CohortSpec
 from mergeprobe.bench.bank.tasks import task_of
-from mergeprobe.bench.measure import BASE_MODEL, JOINT, Measurement
+from mergeprobe.bench.measure import BASE_MODEL, JOINT, TRUNCATED, Measurement
 from mergeprobe.bench.training import ProbePoint, Run
 from mergeprobe.errors import DataError, OutputExists
 from mergeprobe.evaluate.data import Example
@@ -33,13 +33,16 @@ class CohortFolder:
         self.signals = self.path / "signals"
 
     def claim(self) -> None:
-        """Starts the cohort here, or goes on with the one that is here if it is the same."""
+        """Starts the cohort here, or goes on with the one that is here if it is the same.
+
+        One that was only announced (a queue claims all its cohorts at once) may still change.
+        """
         if self.spec_file.exists():
-            found, _ = read_spec(self.spec_file)
-            refuse_other(found, self.spec, self.path)
             self._sweep()
-        else:
-            write_spec(self.spec_file, self.spec, MADE_BY)
+            if any(path != self.spec_file for path in self.path.iterdir()):
+                refuse_other(read_spec(self.spec_file)[0], self.spec, self.path)
+                return
+        write_spec(self.spec_file, self.spec, MADE_BY)
 
     def _sweep(self) -> None:
         """Removes what a killed run was writing: temporary names, hidden beside their targets."""
@@ -138,6 +141,10 @@ class CohortFolder:
             for method in self.spec.methods
         ]
         return found + ([Measurement(JOINT, self.spec.names)] if self.spec.joint else [])
+
+    def truncations(self) -> list[Measurement]:
+        """Every single adapter cut to a smaller rank: what routing costs less with."""
+        return [Measurement(TRUNCATED, (name,), rank) for name, rank in self.spec.truncations()]
 
 
 def write_spec(path: Path, spec: CohortSpec, made_by: str) -> None:

@@ -24,6 +24,7 @@ KINDS = {
     "early": 60.0,
     "pair": 18.0,
     "merge": 10.0,
+    "truncated": 4.0,
 }
 
 
@@ -42,7 +43,8 @@ class Job:
     @property
     def label(self) -> str:
         what = [self.kind, "+".join(self.adapters)]
-        what += [self.method] if self.method else []
+        what += [self.method] if self.method and self.kind == "merge" else []
+        what += [f"to rank {self.rank}"] if self.kind == "truncated" else []
         what += [f"at {self.point:.1%}"] if self.point is not None else []
         return f"{self.cohort}: {' '.join(part for part in what if part)}"
 
@@ -76,6 +78,8 @@ def jobs_of(folder: CohortFolder) -> list[Job]:
         jobs += [Job(name, "pair", pair, point) for pair in combinations(spec.names, 2)]
     merges = sorted(folder.merges(), key=lambda wanted: -len(wanted.adapters))
     jobs += [Job(name, "merge", m.adapters, None, m.method, m.rank) for m in merges]
+    cut = folder.truncations()
+    jobs += [Job(name, "truncated", m.adapters, None, m.method, m.rank) for m in cut]
     return jobs
 
 
@@ -83,7 +87,7 @@ def needs(job: Job, folder: CohortFolder) -> Iterator[Job]:
     """The jobs that have to be done before."""
     name = job.cohort
     trained = [Job(name, "train", (one,)) for one in job.adapters]
-    if job.kind in ("single", "length", "files", "merge"):
+    if job.kind in ("single", "length", "files", "merge", "truncated"):
         yield from trained
     if job.kind == "merge" and job.method == JOINT:
         yield Job(name, "joint", (JOINT,))
@@ -102,7 +106,7 @@ def done(job: Job, folder: CohortFolder) -> bool:
         case "single":
             found = [result_path(folder.measured, m) for m in folder.singles(adapters[0])]
             return all(path.exists() for path in found)
-        case "merge":
+        case "merge" | "truncated":
             return result_path(folder.measured, job.measurement()).exists()
     assert point is not None
     match job.kind:

@@ -96,14 +96,14 @@ def _fingerprint(folder: CohortFolder, name: str) -> str:
 
 
 def outcomes(folder: CohortFolder) -> pl.DataFrame:
-    """Retention of every adapter under every merge; also on the even and the odd test items
-    alone, to choose on one half and score on the other."""
+    """Retention of every adapter under every merge, and of it alone at smaller ranks; also on the
+    even and the odd test items apart, to choose on one half and score on the other."""
     spec, rows = folder.spec, []
     alone = {
         name: tuple(read_measured(folder.measured, m) for m in folder.singles(name))
         for name in spec.names
     }
-    for wanted in folder.merges():
+    for wanted in [*folder.merges(), *folder.truncations()]:
         found = read_measured(folder.measured, wanted)
         for name in wanted.adapters:
             base, single = alone[name]

@@ -54,8 +54,9 @@ class CohortSpec(BaseModel):
     set_sizes: (size, how many sets of it; None for all). seed: which sets are drawn; cohorts of
     equal seed and size have the same ones by position. methods: merges to measure. merge_rank:
     "largest" truncates a merge to the largest rank among its members, as a plan's deployment does;
-    "exact" keeps what the rule gives. joint: one more adapter, trained on the data of all,
-    measured as method "joint". data: it needs tasks read from a data folder.
+    "exact" keeps what the rule gives. truncated_ranks: each adapter alone is measured cut to those
+    of these that are below its own rank, as method "truncated". joint: one more adapter, trained on
+    the data of all, measured as method "joint". data: it needs tasks read from a data folder.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,6 +73,7 @@ class CohortSpec(BaseModel):
     seed: int = 0
     methods: tuple[str, ...] = METHODS
     merge_rank: Literal["largest", "exact"] = "largest"
+    truncated_ranks: tuple[int, ...] = ()
     joint: bool = False
     data: bool = False
 
@@ -84,6 +86,9 @@ class CohortSpec(BaseModel):
             0 < point <= 1 for point in self.points
         ):
             raise ValueError(f"points must rise inside (0, 1]: got {list(self.points)}")
+        cut = list(self.truncated_ranks)
+        if cut != sorted(set(cut)) or any(rank < 1 for rank in cut):
+            raise ValueError(f"truncated_ranks must rise from 1 or more: got {cut}")
         return self
 
     @property
@@ -114,6 +119,15 @@ class CohortSpec(BaseModel):
         if self.merge_rank == "exact":
             return None
         return max(self.adapter(name).rank for name in group)
+
+    def truncations(self) -> list[tuple[str, int]]:
+        """(adapter, rank) of every single adapter that is measured cut to a rank."""
+        return [
+            (name, rank)
+            for name in self.names
+            for rank in self.truncated_ranks
+            if rank < self.adapter(name).rank
+        ]
 
     def joint_spec(self) -> AdapterSpec:
         """The joint adapter: as many steps as all together, the largest rank, the median rate."""

@@ -47,7 +47,7 @@ class Work:
             case "single":
                 for wanted in folder.singles(job.adapters[0]):
                     self._measuring(folder, base).run(wanted)
-            case "merge":
+            case "merge" | "truncated":
                 self._measuring(folder, base).run(job.measurement())
             case "files":
                 write_file_tier(folder, _point(job))
