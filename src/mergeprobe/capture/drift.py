@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergeprobe.adapters.base import cache_folder
+from mergeprobe.adapters.packaged import cache_folder
 from mergeprobe.artefact import atomic_file
 from mergeprobe.capture.probe import Drift
 from mergeprobe.capture.sketch import projection
