@@ -35,7 +35,8 @@ class Measurement:
 
     method: a merge rule over `adapters` at `rank` (None: exact), `deployed` for what the plan's
     deployment serves, `base` for the base model, `joint` for one adapter of that name, trained on
-    the data of all, or `truncated` for one adapter alone, cut to `rank`. A single adapter is its own mean.
+    the data of all, or `truncated` for one adapter alone, cut to `rank`. A single adapter is its
+    own mean.
     """
 
     method: str
