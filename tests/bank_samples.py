@@ -10,7 +10,7 @@ KEYS = {
     "adapters": ["cohort", "adapter"],
     "pairs": ["cohort", "point", "i", "j"],
     "sets": ["cohort", "point", "adapter", "set"],
-    "outcomes": ["cohort", "adapter", "set", "method"],
+    "outcomes": ["cohort", "adapter", "set", "method", "rank"],
 }
 THREE = ("math", "instruction", "safety")
 SORTED = tuple(sorted(THREE))

@@ -18,9 +18,7 @@ from mergeprobe.capture.probe import read_probe
 from mergeprobe.compose import merge
 from mergeprobe.errors import DataError
 from mergeprobe.predict.early import ModelTier, Snapshot, calibration_batch, open_tier, reach
-
-FEATURED = ("mean", "sum")
-"""Merges whose whole set of early signals is taken; of the others only the early retention."""
+from mergeprobe.predict.signal_rows import WEIGHTED, early_row
 
 
 def write_length(folder: CohortFolder, base: Base, name: str, point: float) -> None:
@@ -42,10 +40,10 @@ def write_early(folder: CohortFolder, base: Base, name: str, point: float) -> No
     items; under the mean and the sum."""
     tier = _tier(folder, base, point, folder.spec.names)
     pairs = {
-        other: _features(tier, name, (name, other)) for other in folder.spec.names if other != name
+        other: early_row(tier, name, (name, other)) for other in folder.spec.names if other != name
     }
     sets = {
-        "+".join(group): _features(tier, name, group)
+        "+".join(group): early_row(tier, name, group)
         for group in folder.spec.larger_sets()
         if name in group
     }
@@ -60,7 +58,7 @@ def write_pair(folder: CohortFolder, base: Base, pair: tuple[str, ...], point: f
     updates = [tier.snapshots[name].update for name in pair]
     retention: dict[str, dict[str, float]] = {name: {} for name in pair}
     for method in folder.spec.methods:
-        if method in FEATURED:
+        if method in WEIGHTED:
             continue
         merged = merge(updates, method, rank=folder.spec.rank_of(pair)).adapter
         for name in pair:
@@ -68,16 +66,6 @@ def write_pair(folder: CohortFolder, base: Base, pair: tuple[str, ...], point: f
     cosine = tier.joint_gradient_cosine(pair[0], pair[1])
     value = {"pair": list(pair), "point": point, "retention": retention, "cosine": cosine}
     write_json(folder.early_pair(pair[0], pair[1], point), value)
-
-
-def _features(tier: ModelTier, name: str, group: Sequence[str]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for method in FEATURED:
-        found |= tier.set_features(name, group, method)
-        weight = 1.0 if method == "sum" else 1.0 / len(group)
-        weights = dict.fromkeys(group, weight)
-        found[f"extrapolated_{method}"] = tier.extrapolated_merge(name, weights)
-    return found
 
 
 def _tier(folder: CohortFolder, base: Base, point: float, names: Sequence[str]) -> ModelTier:

@@ -8,7 +8,8 @@ only files that are never changed, so doing it twice gives the same bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,12 @@ from mergeprobe.bench.bank.folder import CohortFolder, read_spec, refuse_other, 
 from mergeprobe.bench.bank.tasks import task_of
 from mergeprobe.bench.measure import Measured, read_measured
 from mergeprobe.bench.outcomes import outcome_row
-from mergeprobe.errors import DataError, NotForecastable
+from mergeprobe.errors import DataError
 from mergeprobe.evaluate.retention import retention
-from mergeprobe.predict import surrogate
+from mergeprobe.predict.signal_rows import signal_rows
 
 TABLES = ("adapters", "pairs", "sets", "outcomes")
 SPEC = "cohort.json"
-WEIGHTED = ("mean", "sum")
 
 
 def collated(folder: CohortFolder, out: Path) -> bool:
@@ -126,86 +126,34 @@ class PointFiles:
         self.folder, self.spec, self.point = folder, folder.spec, point
         tier = folder.file_tier(point)
         found = {path.stem: pl.read_parquet(path) for path in sorted(tier.glob("*.parquet"))}
-        self.pairs = {(row["b"], row["a"]): row for row in found["pairs"].to_dicts()}
-        self.adapters = {row["a"]: row for row in found["adapters"].to_dicts()}
-        self.sets = {(row["a"], "+".join(row["set"])): row for row in found["sets"].to_dicts()}
-        self.facts = {row["adapter"]: row for row in found["facts"].to_dicts()}
-        self.early = {name: read_json(folder.early(name, point), DataError) for name in self.names}
-        self.model = surrogate.from_tables(found["quadratic"], found["linear"], found["facts"])
-        try:
-            self.lengths = surrogate.lengths(self.model, found["facts"])
-        except NotForecastable:  # a probe at the first step has no half-way sketch
-            self.lengths = None
+        self.signals = signal_rows(found)
+        names = self.spec.names
+        self.early = {name: read_json(folder.early(name, point), DataError) for name in names}
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return self.spec.names
-
-    def key(self, name: str) -> dict[str, Any]:
-        facts = self.facts[name]
-        return {"step": facts["step"], "planned_steps": facts["planned_steps"]}
-
-    def surrogate(self, name: str, group: Sequence[str]) -> dict[str, float | None]:
-        """The closed-form forecast under mean and sum; null where it cannot be made."""
-        found: dict[str, float | None] = {}
-        for method in WEIGHTED:
-            weight = 1.0 if method == "sum" else 1.0 / len(group)
-            try:
-                if self.lengths is None:
-                    raise NotForecastable("no lengths")
-                kept = surrogate.set_retentions(self.model, group, weight, self.lengths)
-                found[f"surrogate_{method}"] = kept[name]
-            except NotForecastable:
-                found[f"surrogate_{method}"] = None
-        return found
+    def key(self) -> dict[str, Any]:
+        return {"cohort": self.spec.name, "point": self.point}
 
 
 def pair_rows(files: PointFiles) -> list[dict[str, Any]]:
     rows = []
-    for i in files.names:
-        for j in files.names:
-            if i == j:
-                continue
-            path = files.folder.early_pair(i, j, files.point)
-            both = read_json(path, DataError)
-            rows.append(
-                {
-                    "cohort": files.spec.name,
-                    "point": files.point,
-                    "i": i,
-                    "j": j,
-                    **files.key(i),
-                    **_without(files.pairs[i, j], "a", "b"),
-                    **{f"i_{k}": v for k, v in _without(files.adapters[i], "a").items()},
-                    **{f"j_{k}": v for k, v in _without(files.adapters[j], "a").items()},
-                    **files.surrogate(i, (i, j)),
-                    **files.early[i]["pairs"][j],
-                    **{f"early_retention_{m}": v for m, v in both["retention"][i].items()},
-                    "joint_gradient_cosine": both["cosine"],
-                }
-            )
+    for i, j in permutations(files.spec.names, 2):
+        both = read_json(files.folder.early_pair(i, j, files.point), DataError)
+        early = {
+            **files.early[i]["pairs"][j],
+            **{f"early_retention_{m}": v for m, v in both["retention"][i].items()},
+            "joint_gradient_cosine": both["cosine"],
+        }
+        rows.append(files.key | files.signals.pair(i, j, early))
     return rows
 
 
 def set_rows(files: PointFiles) -> list[dict[str, Any]]:
-    rows = []
-    for group in files.spec.larger_sets():
-        label = "+".join(group)
-        for name in group:
-            rows.append(
-                {
-                    "cohort": files.spec.name,
-                    "point": files.point,
-                    "adapter": name,
-                    "set": label,
-                    "size": len(group),
-                    **files.key(name),
-                    **_without(files.sets[name, label], "a", "set"),
-                    **files.surrogate(name, group),
-                    **files.early[name]["sets"][label],
-                }
-            )
-    return rows
+    return [
+        files.key | files.signals.group(name, group, files.early[name]["sets"]["+".join(group)])
+        for group in files.spec.larger_sets()
+        for name in group
+    ]
 
 
 EXACT = ("point",)  # kept in double precision: they are compared for equality
@@ -231,7 +179,3 @@ def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
     }
-
-
-def _without(row: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in keys}

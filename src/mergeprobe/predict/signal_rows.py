@@ -1,0 +1,122 @@
+"""Rows of signals as the learned predictor reads them, from the tables of both tiers.
+
+One row for every ordered pair (i, j), what j does to i; one for every (adapter, set) of three or
+more. A bank's Parquet tables and a forecast of today's probes hold the same columns, made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from mergeprobe.errors import NotForecastable
+from mergeprobe.predict import surrogate
+
+if TYPE_CHECKING:
+    from mergeprobe.predict.early import ModelTier
+
+WEIGHTED = ("mean", "sum")
+"""Rules for which the surrogate and every early signal are taken."""
+
+
+def weight(method: str, size: int) -> float:
+    return 1.0 if method == "sum" else 1.0 / size
+
+
+@dataclass(frozen=True, eq=False)
+class SignalRows:
+    """The file tier's tables by key; early signals are handed in row by row.
+
+    pairs: (i, j) -> the pair signals of j on i. adapters: by name. sets: (adapter, "a+b+c") with
+    names sorted -> set signals. facts: by name, with step and planned_steps. quadratic, lengths:
+    the surrogate and how far it takes the updates; None where they cannot be made.
+    """
+
+    pairs: Mapping[tuple[str, str], Mapping[str, Any]]
+    adapters: Mapping[str, Mapping[str, Any]]
+    sets: Mapping[tuple[str, str], Mapping[str, Any]]
+    facts: Mapping[str, Mapping[str, Any]]
+    quadratic: surrogate.QuadraticModel | None = None
+    lengths: np.ndarray | None = None
+
+    def pair(self, i: str, j: str, early: Mapping[str, float]) -> dict[str, Any]:
+        """Row (i, j); early: model-tier signals of i beside j, empty at the file tier."""
+        return {
+            "i": i,
+            "j": j,
+            **self._progress(i),
+            **_without(self.pairs[i, j], "a", "b"),
+            **{f"i_{key}": value for key, value in _without(self.adapters[i], "a").items()},
+            **{f"j_{key}": value for key, value in _without(self.adapters[j], "a").items()},
+            **self._surrogate(i, (i, j)),
+            **early,
+        }
+
+    def group(self, name: str, group: Sequence[str], early: Mapping[str, float]) -> dict[str, Any]:
+        """Row (adapter, set) of three or more; group: names in any order, `name` among them."""
+        members = sorted(group)
+        label = "+".join(members)
+        return {
+            "adapter": name,
+            "set": label,
+            "size": len(members),
+            **self._progress(name),
+            **_without(self.sets[name, label], "a", "set"),
+            **self._surrogate(name, members),
+            **early,
+        }
+
+    def _progress(self, name: str) -> dict[str, Any]:
+        facts = self.facts[name]
+        return {"step": facts["step"], "planned_steps": facts["planned_steps"]}
+
+    def _surrogate(self, name: str, group: Sequence[str]) -> dict[str, float | None]:
+        """The closed-form forecast under mean and sum; null where it cannot be made."""
+        found: dict[str, float | None] = dict.fromkeys(f"surrogate_{m}" for m in WEIGHTED)
+        if self.quadratic is None or self.lengths is None:
+            return found
+        for method in WEIGHTED:
+            try:
+                kept = surrogate.set_retentions(
+                    self.quadratic, group, weight(method, len(group)), self.lengths
+                )
+            except NotForecastable:
+                continue
+            found[f"surrogate_{method}"] = kept[name]
+        return found
+
+
+def signal_rows(tables: Mapping[str, pl.DataFrame]) -> SignalRows:
+    """From the tables of mergeprobe.signals and the surrogate's facts (`facts`)."""
+    quadratic = surrogate.from_tables(tables["quadratic"], tables["linear"], tables["facts"])
+    try:
+        lengths = surrogate.lengths(quadratic, tables["facts"])
+    except NotForecastable:  # a probe at the first step has no half-way sketch
+        lengths = None
+    sets = tables["sets"].to_dicts() if "sets" in tables else []
+    return SignalRows(
+        pairs={(row["b"], row["a"]): row for row in tables["pairs"].to_dicts()},
+        adapters={row["a"]: row for row in tables["adapters"].to_dicts()},
+        sets={(row["a"], "+".join(sorted(row["set"]))): row for row in sets},
+        facts={row["adapter"]: row for row in tables["facts"].to_dicts()},
+        quadratic=quadratic,
+        lengths=lengths,
+    )
+
+
+def early_row(tier: ModelTier, name: str, group: Sequence[str]) -> dict[str, float]:
+    """The model tier's signals of `name` in `group` (itself included), under WEIGHTED."""
+    found: dict[str, float] = {}
+    for method in WEIGHTED:
+        found |= tier.set_features(name, group, method)
+        weights = dict.fromkeys(group, weight(method, len(group)))
+        found[f"extrapolated_{method}"] = tier.extrapolated_merge(name, weights)
+    return found
+
+
+def _without(row: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in keys}
