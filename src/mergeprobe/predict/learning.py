@@ -103,6 +103,16 @@ def read_rows(
     """Learning rows of every cohort in the folders (a cohort's own folder, or one that holds
     several). cohorts, points: only these. DataError if there is no cohort, or a table lacks what
     it must have."""
+    return learning_rows(**read_tables(folders, cohorts=cohorts, points=points))
+
+
+def read_tables(
+    folders: Path | Sequence[Path],
+    *,
+    cohorts: Sequence[str] | None = None,
+    points: Sequence[float] | None = None,
+) -> dict[str, pl.DataFrame]:
+    """The same as tables: adapters, pairs, outcomes and, where there are any, sets."""
     found = [cohort for folder in _listed(folders) for cohort in _cohorts(folder)]
     if cohorts is not None:
         found = [folder for folder in found if folder.name in set(cohorts)]
@@ -120,7 +130,7 @@ def read_rows(
     if points is not None:
         near = pl.any_horizontal([(pl.col("point") - p).abs() < 1e-9 for p in points])
         tables |= {name: tables[name].filter(near) for name in ("pairs", "sets") if name in tables}
-    return learning_rows(**tables)
+    return tables
 
 
 def learning_rows(

@@ -1,0 +1,80 @@
+"""The bank as the tables see it: its rows, and which cohorts are trained on and which held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from mergeprobe.bench.tables.audit import read_audits
+from mergeprobe.bench.tables.page import listed
+from mergeprobe.errors import DataError
+from mergeprobe.predict.learning import Rows, learning_rows, read_tables
+from mergeprobe.predict.splits import Fold, unseen_cohorts
+
+TRAINED, HELD_OUT = "t", "h"
+"""What the names of cohorts to learn from, and of frozen ones, begin with; others ("real", a
+second base) are in cross-validation and transfer only."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """tables: adapters, pairs, outcomes, mostly sets; of all cohorts. rows: what is learned from.
+    trained, held_out: names of cohorts; either can be empty. audits: audit.read_audits."""
+
+    tables: dict[str, pl.DataFrame]
+    rows: Rows
+    trained: tuple[str, ...]
+    held_out: tuple[str, ...]
+    audits: pl.DataFrame | None = None
+
+    def held_out_fold(self) -> Fold | None:
+        """Trained on `trained` without families of the held-out cohorts, tested on these; None
+        where one side is empty."""
+        if not self.trained or not self.held_out:
+            return None
+        return unseen_cohorts(self.rows, [self.held_out], among=self.trained)[0]
+
+    def cohort(self, name: str) -> dict[str, pl.DataFrame]:
+        return {key: t.filter(pl.col("cohort") == name) for key, t in self.tables.items()}
+
+    def said(self, what: str) -> str:
+        """The middle of a caption: what was trained on and tested, of how many adapters."""
+        fold = self.held_out_fold()
+        if fold is None:
+            return what
+        tested = self.rows.pick(fold.test)
+        families = len(tested.holds()[0])
+        return (
+            f"{what}; trained on {len(self.trained)} cohorts ({listed(self.trained)}), tested on "
+            f"{len(self.held_out)} ({listed(self.held_out)}) with {families} other families; one "
+            "run an adapter"
+        )
+
+
+def open_bank(folders: Path | Sequence[Path], *, held_out: Sequence[str] = ()) -> Bank:
+    """held_out: names of cohorts; by default those whose name begins with HELD_OUT. DataError for
+    an unknown one, or as of learning.read_tables."""
+    tables = read_tables(folders)
+    return replace(made_bank(tables, held_out=held_out), audits=read_audits(folders))
+
+
+def made_bank(tables: dict[str, pl.DataFrame], *, held_out: Sequence[str] = ()) -> Bank:
+    names = sorted(tables["adapters"]["cohort"].unique().to_list())
+    if unknown := sorted(set(held_out) - set(names)):
+        raise DataError(f"no cohort '{unknown[0]}' to hold out; there are {', '.join(names)}")
+    frozen = tuple(held_out) or tuple(name for name in names if name.startswith(HELD_OUT))
+    rest = [name for name in names if name not in frozen]
+    trained = [name for name in rest if name.startswith(TRAINED)] or rest
+    return Bank(tables, learning_rows(**tables), tuple(trained), frozen)
+
+
+def near(rows: Rows, point: float) -> np.ndarray:
+    return np.abs(rows.point - point) < 1e-9
+
+
+def points_of(rows: Rows) -> list[float]:
+    return sorted({round(float(p), 6) for p in rows.point})
