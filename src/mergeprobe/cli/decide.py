@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergeprobe.cli.options import Base, Budget, Force, Items, Json, Sources
+from mergeprobe.cli.options import (
+    Base,
+    Budget,
+    Force,
+    Items,
+    Json,
+    PredictorFolder,
+    Sources,
+)
 
 if TYPE_CHECKING:
     from mergeprobe.predict.forecast import Forecaster
@@ -26,11 +34,15 @@ PLAN = (
 )
 
 
+ROUGH = "Uncalibrated: read the intervals as rough."
+
+
 def forecast(
     sources: Sources,
     base: Base = None,
     budget: Budget = None,
     items: Items = 16,
+    predictor: PredictorFolder = None,
     method: Annotated[str, typer.Option(help="The merge rule to forecast: mean or sum.")] = "mean",
     json: Json = False,
 ) -> None:
@@ -43,13 +55,13 @@ def forecast(
     from mergeprobe.cli.tables import show_missing
 
     with show.working("forecasting") as progress:
-        forecaster = _forecaster(sources, base, budget, items, progress)
+        forecaster = _forecaster(sources, base, budget, items, predictor, progress)
         rows = _pairs(forecaster, method)
     if json:
         show.emit(
             {
                 "tier": forecaster.tier,
-                "calibrated": False,
+                "calibrated": forecaster.calibrated,
                 "method": method,
                 "forecasts": rows,
                 "missing": forecaster.missing,
@@ -62,7 +74,8 @@ def forecast(
         numbers = [show.number(row[key]) for key in ("forecast", "low", "high")]
         table.add_row(row["adapter"], row["with"], *numbers)
     show.print_table(title, table)
-    show.console().print(f"Tier: {forecaster.tier}. Uncalibrated: read the intervals as rough.")
+    said = "Calibrated on the predictor's rows." if forecaster.calibrated else ROUGH
+    show.console().print(f"Tier: {forecaster.tier}. {said}")
     show_missing(forecaster.missing)
 
 
@@ -78,6 +91,7 @@ def plan(
     ] = None,
     budget: Budget = None,
     items: Items = 16,
+    predictor: PredictorFolder = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to write the plan (JSON).", show_default="-")
     ] = None,
@@ -97,7 +111,7 @@ def plan(
     if out is not None:
         refuse_existing(out, force=force)
     with show.working("planning") as progress:
-        forecaster = _forecaster(sources, base, budget, items, progress)
+        forecaster = _forecaster(sources, base, budget, items, predictor, progress)
         made = forecaster.plan(min_retention=min_retention, max_adapters=max_adapters)
     if out is not None:
         write_plan(made, out, force=force)
@@ -116,19 +130,22 @@ def _forecaster(
     base: str | None,
     budget: int | None,
     items: int,
+    predictor: Path | None,
     progress: Callable[[str], None],
 ) -> Forecaster:
     from mergeprobe.adapters.base import load_base
     from mergeprobe.cli.sources import read_sources
     from mergeprobe.predict.early import open_tier
     from mergeprobe.predict.forecast import forecast_probes
+    from mergeprobe.predict.predictor import load_predictor
 
+    learned = load_predictor(predictor) if predictor is not None else None
     probes = read_sources(sources)
     tier = None
     if base is not None:
         loaded = load_base(base, notify=progress)
         tier = open_tier(loaded, probes, items=items, budget=budget, progress=progress)
-    return forecast_probes(probes, model=tier, progress=progress)
+    return forecast_probes(probes, model=tier, predictor=learned, progress=progress)
 
 
 def _pairs(forecaster: Forecaster, method: str) -> list[dict[str, Any]]:

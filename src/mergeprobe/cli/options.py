@@ -52,6 +52,15 @@ Budget = Annotated[
 Items = Annotated[
     int, typer.Option(min=2, help="With --base: calibration items to run of each probe.")
 ]
+PredictorFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--predictor",
+        help="A folder that `mergeprobe fit` wrote. It is asked first; what lies far from its rows "
+        "is forecast as without it.",
+        show_default=False,
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else there.")]
 

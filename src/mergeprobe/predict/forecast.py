@@ -24,7 +24,10 @@ from mergeprobe.predict.blend import Tier, around, blend, clip, weight_of
 from mergeprobe.predict.candidates import KEPT, METHODS, candidates
 from mergeprobe.predict.costs import resident_parameters
 from mergeprobe.predict.early import ModelTier
+from mergeprobe.predict.learned import Learned
 from mergeprobe.predict.planner import AdapterInfo, make_plan
+from mergeprobe.predict.predictor import Predictor
+from mergeprobe.predict.signal_rows import early_row, signal_rows
 from mergeprobe.signals import tables
 
 PASSES_A_PAIR = 6  # below this a pair is left to the file tier
@@ -48,6 +51,7 @@ class Forecaster:
     quadratic: surrogate.QuadraticModel | None = None
     lengths: np.ndarray | None = None
     model: ModelTier | None = None
+    learned: Learned | None = None
     progress: Callable[[str], None] = lambda message: None
     evidence: dict[tuple[str, tuple[str, ...], str], dict[str, float]] = field(default_factory=dict)
     _known: dict[tuple[str, tuple[str, ...], str], Forecast] = field(default_factory=dict)
@@ -59,11 +63,30 @@ class Forecaster:
             return KEPT
         key = (name, others, method)
         if key not in self._known:
-            if len(others) == 1:
+            found = self.learned.forecast(name, others, method) if self.learned else None
+            if found is not None:
+                self._known[key] = found
+            elif len(others) == 1:
                 self._known[key] = self._pair(name, others[0], method)
             else:
                 self._known[key] = self._set(name, others, method)
         return self._known[key]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every forecast so far came from the learned predictor."""
+        return self.learned is not None and not self.learned.far
+
+    def early(self, name: str, group: tuple[str, ...]) -> dict[str, float]:
+        """The model tier's part of a row; {} without a model, or where its budget is spent."""
+        if self.model is None or self.model.left() < PASSES_A_PAIR:
+            return {}
+        others = " + ".join(other for other in group if other != name)
+        self.progress(f"what {others} can do to {name}")
+        try:
+            return early_row(self.model, name, group)
+        except NotForecastable:
+            return {}
 
     def _pair(self, name: str, other: str, method: str) -> Forecast:
         parts = self._parts(name, (other,), method)
@@ -143,15 +166,28 @@ class Forecaster:
             for method in METHODS:
                 self.forecast(one, (one, other), method)
         first = self.probes[0].meta
-        return make_plan(
+        plan = make_plan(
             self.infos(),
             partial(candidates, self),
             min_retention=min_retention,
             tier=self.tier,
             base=first.get("base") or "",
             base_fingerprint=self.fingerprint,
+            calibrated=self.learned is not None,
             missing=self.missing,
             **options,
+        )
+        if self.learned is None or not self.learned.far:
+            return plan
+        said = f"{self._far()}: these come from the surrogate and the early merge, uncalibrated"
+        return plan.model_copy(update={"calibrated": False, "reasons": (*plan.reasons, said)})
+
+    def _far(self) -> str:
+        assert self.learned is not None
+        names = sorted({name for name, _, _ in self.learned.far})
+        return (
+            f"{len(self.learned.far)} of {len(self._known)} forecasts (of {', '.join(names)}) lie "
+            "outside of what the learned predictor has seen"
         )
 
     def signal_rows(self) -> pl.DataFrame:
@@ -203,10 +239,14 @@ def forecast_probes(
     probes: Sequence[Probe],
     *,
     model: ModelTier | None = None,
+    predictor: Predictor | None = None,
     floor: float = 0.9,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Forecaster:
     """The best forecaster that the probes allow: model tier if given, else file, else weights.
+
+    predictor: asked first, about every pair and set; where its answer would be far from the rows
+    that it was fitted on, the surrogate and the early merge answer as they do without it.
 
     Raises AdapterMismatch if the probes are of different bases or share no module,
     NotForecastable if there are fewer than two.
@@ -221,9 +261,9 @@ def forecast_probes(
     found = tables(probes)
     missing = _missing(probes, model)
     quadratic = lengths = None
+    facts = surrogate.adapter_table(probes, found["adapters"])
     tier: Tier = "weights"
     if all(probe.gradient and probe.inputs and probe.calibration for probe in probes):
-        facts = surrogate.adapter_table(probes, found["adapters"])
         quadratic = surrogate.from_tables(found["quadratic"], found["linear"], facts)
         try:
             lengths = surrogate.lengths(quadratic, facts)
@@ -232,7 +272,7 @@ def forecast_probes(
         tier = "file"
     if model is not None:
         tier = "model"
-    return Forecaster(
+    forecaster = Forecaster(
         tier=tier,
         probes=tuple(probes),
         fingerprint=fingerprint,
@@ -244,6 +284,10 @@ def forecast_probes(
         model=model,
         progress=progress,
     )
+    if predictor is not None:
+        rows = signal_rows(found, facts, quadratic, lengths)
+        forecaster.learned = Learned(predictor, tuple(probes), rows, forecaster.early)
+    return forecaster
 
 
 def _missing(probes: Sequence[Probe], model: ModelTier | None) -> tuple[str, ...]:

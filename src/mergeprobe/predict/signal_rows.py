@@ -38,7 +38,7 @@ class SignalRows:
 
     pairs: Mapping[tuple[str, str], Mapping[str, Any]]
     adapters: Mapping[str, Mapping[str, Any]]
-    sets: Mapping[tuple[str, str], Mapping[str, Any]]
+    sets: dict[tuple[str, str], Mapping[str, Any]]
     facts: Mapping[str, Mapping[str, Any]]
     quadratic: surrogate.QuadraticModel | None = None
     lengths: np.ndarray | None = None
@@ -90,19 +90,19 @@ class SignalRows:
         return found
 
 
-def signal_rows(tables: Mapping[str, pl.DataFrame]) -> SignalRows:
-    """From the tables of mergeprobe.signals and the surrogate's facts (`facts`)."""
-    quadratic = surrogate.from_tables(tables["quadratic"], tables["linear"], tables["facts"])
-    try:
-        lengths = surrogate.lengths(quadratic, tables["facts"])
-    except NotForecastable:  # a probe at the first step has no half-way sketch
-        lengths = None
+def signal_rows(
+    tables: Mapping[str, pl.DataFrame],
+    facts: pl.DataFrame,
+    quadratic: surrogate.QuadraticModel | None,
+    lengths: np.ndarray | None,
+) -> SignalRows:
+    """From the tables of mergeprobe.signals (pairs, adapters, perhaps sets) and the surrogate's."""
     sets = tables["sets"].to_dicts() if "sets" in tables else []
     return SignalRows(
         pairs={(row["b"], row["a"]): row for row in tables["pairs"].to_dicts()},
         adapters={row["a"]: row for row in tables["adapters"].to_dicts()},
         sets={(row["a"], "+".join(sorted(row["set"]))): row for row in sets},
-        facts={row["adapter"]: row for row in tables["facts"].to_dicts()},
+        facts={row["adapter"]: row for row in facts.to_dicts()},
         quadratic=quadratic,
         lengths=lengths,
     )

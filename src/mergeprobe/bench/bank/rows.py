@@ -20,8 +20,9 @@ from mergeprobe.bench.bank.folder import CohortFolder, read_spec, refuse_other, 
 from mergeprobe.bench.bank.tasks import task_of
 from mergeprobe.bench.measure import Measured, read_measured
 from mergeprobe.bench.outcomes import outcome_row
-from mergeprobe.errors import DataError
+from mergeprobe.errors import DataError, NotForecastable
 from mergeprobe.evaluate.retention import retention
+from mergeprobe.predict import surrogate
 from mergeprobe.predict.signal_rows import signal_rows
 
 TABLES = ("adapters", "pairs", "sets", "outcomes")
@@ -126,7 +127,12 @@ class PointFiles:
         self.folder, self.spec, self.point = folder, folder.spec, point
         tier = folder.file_tier(point)
         found = {path.stem: pl.read_parquet(path) for path in sorted(tier.glob("*.parquet"))}
-        self.signals = signal_rows(found)
+        quadratic = surrogate.from_tables(found["quadratic"], found["linear"], found["facts"])
+        try:
+            lengths = surrogate.lengths(quadratic, found["facts"])
+        except NotForecastable:  # a probe at the first step has no half-way sketch
+            lengths = None
+        self.signals = signal_rows(found, found["facts"], quadratic, lengths)
         names = self.spec.names
         self.early = {name: read_json(folder.early(name, point), DataError) for name in names}
 
