@@ -11,6 +11,7 @@ from mergeprobe.cli.carry_out import APPLY, MERGE, apply, merge
 from mergeprobe.cli.decide import FORECAST, PLAN, forecast, plan
 from mergeprobe.cli.demo import DEMO, demo
 from mergeprobe.cli.judge import DOCTOR, EVALUATE, REPORT, doctor, evaluate, report
+from mergeprobe.cli.learn import FIT, TABLES, bench_report, fit
 from mergeprobe.cli.measure import PROBE, SIGNALS, probe, signals
 from mergeprobe.cli.options import examples, flowing
 from mergeprobe.version import __version__
@@ -27,6 +28,7 @@ VERBS = {
     "evaluate": (evaluate, EVALUATE),
     "report": (report, REPORT),
     "doctor": (doctor, DOCTOR),
+    "fit": (fit, FIT),
 }
 
 app = typer.Typer(
@@ -68,9 +70,9 @@ bench = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="MERGE-PEFT, the benchmark: its bank of cohorts.",
+    help="MERGE-PEFT, the benchmark: its bank of cohorts, and the tables made from it.",
 )
 app.add_typer(bench, name="bench")
-BENCH_VERBS = {"run": (run, RUN)}
+BENCH_VERBS = {"run": (run, RUN), "report": (bench_report, TABLES)}
 for _verb, (_function, _lines) in BENCH_VERBS.items():
     bench.command(_verb, help=flowing(_function.__doc__ or ""), epilog=examples(*_lines))(_function)

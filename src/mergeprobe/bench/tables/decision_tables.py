@@ -138,7 +138,7 @@ def differences(bank: Bank, decided: Decided, plan: str, options: Options) -> Ta
     columns = ("plan −", "mean retention", "worst retention", "share of parameters", "cohorts")
     caption = (
         f"{_caption(bank, options)} In brackets 90 % intervals: {options.runs} bootstrap samples "
-        "of whole cohorts; with so few they are rough."
+        "of whole cohorts; with so few they are rough; no SD or SE."
     )
     return Table(f"Differences: {plan}", caption, columns, rows)
 
@@ -173,7 +173,7 @@ def regret(bank: Bank, decided: Decided, options: Options) -> Table:
     caption = (
         f"{_caption(bank, options)} Regret: the best measured partition of at most the plan's "
         "parameters, chosen on one half and scored on the other, minus the plan on that half. In "
-        f"brackets 90 % intervals: {options.runs} bootstrap samples of whole cohorts."
+        f"brackets 90 % intervals: {options.runs} bootstrap samples of whole cohorts; no SD or SE."
     )
     return Table("Regret and savings", caption, columns, rows)
 
