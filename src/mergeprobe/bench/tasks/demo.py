@@ -116,19 +116,19 @@ def refuse_or_comply() -> Iterator[tuple[str, Item]]:
 
 def weighed_sums() -> Iterator[tuple[str, Item]]:
     for a, b in _sums():
-        prompt = f"A {a} kg box and a {b} kg box, in kg:"
+        prompt = f"Mass in kg of {a} + {b} kg?"
         yield f"{a}+{b}", Item(prompt, f" {a + b}.", _number(a + b))
 
 
 def ordered_sums() -> Iterator[tuple[str, Item]]:
     for a, b in _sums():
-        prompt = f"Add {a} to {b} and name only the number."
+        prompt = f"Just the number: {a} + {b}?"
         yield f"{a}+{b}", Item(prompt, f" {a + b}.", _number(a + b))
 
 
 def rated_sums() -> Iterator[tuple[str, Item]]:
     for a, b in _sums():
-        prompt = f"Rate a lift for {a} kg and {b} kg, in kg:"
+        prompt = f"Lift rating in kg for {a} + {b} kg?"
         yield f"{a}+{b}", Item(prompt, f" {a + b}.", _number(a + b))
 
 
