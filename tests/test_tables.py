@@ -96,6 +96,9 @@ def test_a_ratio_of_widths(found):
     assert ratio.value == pytest.approx(widths[0] / widths[1])
     assert ratio.low <= ratio.high
     assert math.isnan(fast[MODEL].ratio("width", fast["identity"]).value)
+    # what has no intervals has no ratio, whatever rows it is of
+    others = resampled({"few": found["identity"].pick(found[MODEL].rows.size == 2)}, runs=8)
+    assert math.isnan(others["few"].ratio("width", fast["method mean"]).value)
 
 
 def test_a_constant_forecast_has_no_rank_skill(found):
@@ -346,11 +349,12 @@ def quick(monkeypatch):
     def forecasters(seed):
         tiers = {MODEL: "model", FILE: "file", WEIGHTS: "weights"}
         ours = {name: learned(tier, candidates=RIDGE) for name, tier in tiers.items()}
-        return (
-            ours
-            | {n: f for n, f in BASELINES.items() if not n.startswith("own features")}
-            | {"own features only (model tier)": plain("model", without=not_own())}
-        )
+        kept = {n: f for n, f in BASELINES.items() if not n.startswith("own features")}
+        own = {
+            f"own features only ({tier} tier)": plain(tier, without=not_own())
+            for tier in ("model", "file")
+        }
+        return ours | kept | own
 
     ridge = {"mix, all": CANDIDATES["ridge, few"]}
     monkeypatch.setattr(report, "held_out_forecasters", forecasters)

@@ -118,7 +118,7 @@ def _worst(plan) -> float:
 
 def forecasts_of(cohort: Cohort, tables: Mapping[str, pl.DataFrame], model: Fitted, point: float):
     """Forecasts of every measured merge from the probes at `point`; None without rows there."""
-    wanted = [
+    wanted: list[tuple[str, Names, str]] = [
         (name, group, method)
         for method, group, _ in cohort.kept
         if method in PLAN_METHODS and len(group) > 1
@@ -142,7 +142,9 @@ def forecasts_of(cohort: Cohort, tables: Mapping[str, pl.DataFrame], model: Fitt
     guess = model(Rows(requests, values, nothing, np.ones(len(wanted))))
     if not np.isfinite(guess.retention).all():
         raise NotForecastable(f"cohort '{cohort.name}': some merges have no forecast")
-    found = dict(zip(wanted, guess.forecasts(), strict=True))
+    found: dict[tuple[str, Names, str], Forecast] = {}
+    for key, said in zip(wanted, guess.forecasts(), strict=True):
+        found[key] = said
 
     def forecast(name: str, group: Names, method: str) -> Forecast:
         return found[name, group, method]
@@ -240,8 +242,15 @@ def _best_within(cohort: Cohort, plan: str, budget: int) -> Result:
 def _over_halves(cohort: Cohort, label: str, servings: Mapping) -> Result:
     scores = [cohort.score(servings[choose], on) for choose, on in HALVES]
     costs = [cohort.cost(serving) for serving in servings.values()]
-    parts = ([s.mean for s in scores], [s.worst for s in scores], costs)
-    return Result(label, cohort.name, *map(_mean, parts), cohort.full, on_halves=True)
+    return Result(
+        label,
+        cohort.name,
+        mean=_mean([score.mean for score in scores]),
+        worst=_mean([score.worst for score in scores]),
+        parameters=_mean(costs),
+        full=cohort.full,
+        on_halves=True,
+    )
 
 
 def _halves(cohort: Cohort) -> bool:

@@ -45,8 +45,9 @@ class Resampled:
         return _estimate(value, found)
 
     def ratio(self, metric: str, to: Resampled | None) -> Estimate:
-        """A score over another forecaster's; NaN where that has none."""
-        if to is None or not to.value[metric] > 0:
+        """A score over another forecaster's of the same rows; NaN where one has none (as the
+        ceiling, whose rows are others and which has no intervals)."""
+        if to is None or not to.value[metric] > 0 or not np.isfinite(self.value[metric]):
             return Estimate(np.nan, np.nan, np.nan)
         with np.errstate(invalid="ignore", divide="ignore"):
             found = self.samples[metric] / to.samples[metric]
