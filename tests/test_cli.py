@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shlex
 import signal
 import subprocess
@@ -104,21 +103,18 @@ def test_the_examples_in_the_help_are_right_usage(verb):
         group.commands[name].make_context(name, arguments)  # raises where it is wrong
 
 
-def test_help_answers_at_once_and_without_torch():
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments):
+    # how long that takes is measured by benchmarks/help_time.py: a clock in a test fails on a
+    # busy machine
     code = (
-        "import sys; from mergeprobe.cli import main; status = main(['plan', '--help']); "
-        "heavy = {'torch', 'transformers', 'peft', 'polars', 'plotly'} & {*sys.modules}; "
-        "sys.exit(status or len(heavy))"
+        f"import sys; from mergeprobe.cli import main; status = main({arguments!r}); "
+        "heavy = {'torch', 'transformers', 'peft', 'polars', 'plotly', 'numpy', 'scipy', "
+        "'xgboost', 'safetensors', 'datasets'} & {*sys.modules}; "
+        "sys.exit(f'imported {heavy}' if heavy else status)"
     )
-    spent = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, timeout=60)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0
-        # processor time, since the machine may be busy with something else
-        spent.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
-    assert min(spent) < 0.5
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
