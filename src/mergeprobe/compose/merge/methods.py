@@ -2,7 +2,9 @@
 
 A low-rank rule takes (updates: Sequence[LowRank], weights: Sequence[float], **options) of one
 module and returns the exact merge as a LowRank. An entry-wise rule takes a dense float32 stack
-(n, out, in) and weights (n,), and returns (out, in).
+(n, out, in) and weights (n,), and returns (out, in). A seeded rule takes `generator` as well, and
+one that needs data takes `data`, one ModuleData for each update (compose/merge/data.py). A search
+finds weights for a linear merge of whole adapters; it needs the base model and batches.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ class Method:
     weights: what a caller's weights mean: "fixed" (none are taken), "as given" (their size
     matters) or "ratios" (only their proportions do). uniform: the weights where none are given.
     defaults: the options and their published values. keeps: properties that hold with the
-    defaults, each to relative Frobenius error `tolerance`.
+    defaults, each to relative Frobenius error `tolerance`. needs: the data without which it cannot
+    be carried out: parts of the adapters' probes, or "batches" of tokens and the base model.
+    seeded: it draws at random, from an explicit generator.
     """
 
     function: Callable[..., Any]
-    kind: Literal["lowrank", "entrywise"]
+    kind: Literal["lowrank", "entrywise", "search"]
     summary: str
     source: str
     defaults: Mapping[str, float] = field(default_factory=dict)
@@ -42,6 +46,8 @@ class Method:
     uniform: Literal["1/T", "1"] = "1/T"
     keeps: frozenset[str] = ALL
     tolerance: float = 1e-5
+    needs: tuple[Literal["inputs", "outputs", "gradient", "batches"], ...] = ()
+    seeded: bool = False
 
 
 METHODS: dict[str, Method] = {
