@@ -5,18 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mergeprobe.capture.probe import Moment
-from mergeprobe.lowrank import LowRank
 
 
 @dataclass(frozen=True, eq=False)
 class ModuleData:
     """One adapter's data at one module; None where its probe has none.
 
-    inputs: E[xxᵀ] of the module's inputs on the adapter's own task. outputs: E[ggᵀ] of the loss
-    gradients at its outputs. gradient: the full-weight gradient at the snapshot. Moments are
-    F Fᵀ + tail on the diagonal.
+    inputs: E[xxᵀ] of the module's inputs on the adapter's own task. outputs: E[δδᵀ] of the loss
+    gradients at its outputs. Moments are F Fᵀ + tail · I.
     """
 
     inputs: Moment | None = None
     outputs: Moment | None = None
-    gradient: LowRank | None = None

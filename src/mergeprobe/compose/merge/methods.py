@@ -46,7 +46,7 @@ class Method:
     uniform: Literal["1/T", "1"] = "1/T"
     keeps: frozenset[str] = ALL
     tolerance: float = 1e-5
-    needs: tuple[Literal["inputs", "outputs", "gradient", "batches"], ...] = ()
+    needs: tuple[Literal["inputs", "outputs", "batches"], ...] = ()
     seeded: bool = False
 
 
