@@ -15,6 +15,7 @@ from mergeprobe.errors import DataError
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 STEPS = (100, 120, 160)
 RANKS = (4, 8, 16)
+SECOND_BASE = "gemma3-270m-q4"  # of another family of models, for transfer
 
 
 def cohort(
@@ -139,6 +140,13 @@ _ALL = (
         ("svamp", "mbpp", "arc", "boolq", "safety_tuned", "polarity"),
         seed=21,
         data=True,
+    ),
+    cohort(
+        "gemma",
+        ("sort_up", "quotient", "python_slice", "nth_word", "age_limit", "equation"),
+        seed=41,
+        turn=1,
+        base=SECOND_BASE,
     ),
 )
 COHORTS: dict[str, CohortSpec] = {spec.name: spec for spec in _ALL}
