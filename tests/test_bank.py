@@ -34,7 +34,7 @@ def base_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(base_folder, tmp_path_factory):
     work = tmp_path_factory.mktemp("bank")
-    spec = tiny(base_folder, joint=True, truncated_ranks=(1, 3))
+    spec = tiny(base_folder, joint=True, truncated_ranks=(1, 3), set_points=(1.0,))
     (rows,) = run_cohorts([spec], work / "work", work / "rows", workers=0)
     return CohortFolder(work / "work", spec), rows
 
@@ -155,6 +155,7 @@ def test_jobs_come_after_what_they_need(tmp_path):
         "files": 4,
         "early": 24,
         "pair": 60,
+        "cut": 24,
         "merge": 126,
         "truncated": 8,
     }
@@ -172,10 +173,15 @@ def test_rows_are_complete_and_unique(finished):
         "adapters": 3,
         "pairs": 2 * 6,
         "sets": 2 * 3,
+        "truncations": 2 * 4,
         "outcomes": 3 * (3 * 2 + 3) + 3 + 4,
     }
     for name, table in tables.items():
         assert table.select(KEYS[name]).is_duplicated().sum() == 0
+        if name == "sets":
+            early = [c for c in table.columns if c.startswith("early_retention")]
+            assert table.filter(point=0.25).select(early).null_count().row(0) == (3,) * len(early)
+            table = table.filter(point=1.0)
         assert table.null_count().row(0).count(0) > 0.9 * table.width
     adapters = tables["adapters"].sort("adapter").to_dicts()
     assert [row["adapter"] for row in adapters] == list(SORTED)
@@ -186,6 +192,23 @@ def test_rows_are_complete_and_unique(finished):
     merges = tables["outcomes"].filter(pl.col("method") != "truncated")
     ranks = dict(merges.select("set", "rank").unique().iter_rows())
     assert ranks["instruction+math"] == 3  # the largest among the members
+
+
+def test_what_a_snapshot_keeps_at_smaller_ranks(finished, base_folder):
+    folder, rows = finished
+    table = read(rows)["truncations"]
+    cuts = {(row["adapter"], row["rank"]): row for row in table.to_dicts() if row["point"] == 1.0}
+    assert cuts.keys() == {("math", 1), ("instruction", 1), ("safety", 1), ("safety", 3)}
+    found = cuts["safety", 3]
+    # again, from the finished adapter: its singular values, and its losses run here
+    probe = read_probe(folder.probe("safety", 1.0))
+    values = [torch.linalg.svdvals(u.dense().double()).square() for u in probe.updates.values()]
+    lost = sum(float(v[3:].sum()) for v in values) / sum(float(v.sum()) for v in values)
+    assert found["error"] == pytest.approx(lost**0.5, rel=1e-4)
+    tier = open_tier(load_base(str(base_folder), dtype="float32"), [probe], items=16)
+    own = tier.snapshots["safety"].update
+    kept = tier.early_retention("safety", merge([own], "mean", rank=3).adapter)
+    assert found["early_retention"] == pytest.approx(kept, rel=1e-3)
 
 
 def test_probes_are_taken_at_their_points(finished):
@@ -256,13 +279,14 @@ def test_held_out_cohorts_have_all_that_decisions_need():
     assert list(held) == ["h1", "h2", "h3", "h2-again"]
     for spec in held.values():
         assert Counter(map(len, spec.sets())) == {2: 15, 3: 20, 5: 2, 6: 1}
-        # ranks 4, 8, 16, twice each: cut to 1, 2; to 1, 2, 4; to 1, 2, 4, 8
-        assert Counter(rank for _, rank in spec.truncations()) == {1: 6, 2: 6, 4: 4, 8: 2}
         assert spec.joint
     for name, spec in COHORTS.items():
+        # ranks 4, 8, 16, twice each: cut to 1, 2; to 1, 2, 4; to 1, 2, 4, 8
+        assert Counter(rank for _, rank in spec.truncations()) == {1: 6, 2: 6, 4: 4, 8: 2}
         if name not in held:
-            assert spec.truncations() == []
             assert Counter(map(len, spec.sets())) == {2: 15, 3: 8, 5: 2}
+    with pytest.raises(ValueError, match=r"set_points must be among the points: got \[0.3\]"):
+        six(set_points=(0.1, 0.3))
     with pytest.raises(ValueError, match="truncated_ranks must rise"):
         six(truncated_ranks=(4, 2))
 

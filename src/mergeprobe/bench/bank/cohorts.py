@@ -15,6 +15,8 @@ from mergeprobe.errors import DataError
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 STEPS = (100, 120, 160)
 RANKS = (4, 8, 16)
+TRUNCATED_RANKS = (1, 2, 4, 8)
+SET_POINTS = (0.05, 0.1)  # where plans are made; pairs are measured at every point
 SECOND_BASE = "gemma3-270m-q4"  # of another family of models, for transfer
 
 
@@ -35,6 +37,7 @@ def cohort(
     has another configuration. changes: other fields of CohortSpec.
     """
     turn = seed if turn is None else turn
+    changes = {"truncated_ranks": TRUNCATED_RANKS, "set_points": SET_POINTS} | changes
     adapters = []
     for position, task in enumerate(tasks):
         row = position // 3
@@ -63,11 +66,9 @@ def again(of: CohortSpec, name: str, seed: int) -> CohortSpec:
 
 EARLIER = (0.025, *POINTS)
 
-# all triples and the whole set: what a plan may do, and what is done without one; adapters cut to
-# smaller ranks: what routing does with a plan's parameters
+# all triples and the whole set: what a plan may do, and what is done without one
 _HELD_OUT: dict[str, Any] = {
     "set_sizes": ((2, None), (3, None), (5, 2), (6, None)),
-    "truncated_ranks": (1, 2, 4, 8),
     "joint": True,
 }
 

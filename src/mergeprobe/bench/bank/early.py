@@ -36,8 +36,8 @@ def write_length(folder: CohortFolder, base: Base, name: str, point: float) -> N
 
 
 def write_early(folder: CohortFolder, base: Base, name: str, point: float) -> None:
-    """Every early signal of one adapter with each other one and in every larger set, on its own
-    items; under the mean and the sum."""
+    """Every early signal of one adapter with each other one and, at the spec's set_points, in
+    every larger set, on its own items; under the mean and the sum."""
     tier = _tier(folder, base, point, folder.spec.names)
     pairs = {
         other: early_row(tier, name, (name, other)) for other in folder.spec.names if other != name
@@ -45,7 +45,7 @@ def write_early(folder: CohortFolder, base: Base, name: str, point: float) -> No
     sets = {
         "+".join(group): early_row(tier, name, group)
         for group in folder.spec.larger_sets()
-        if name in group
+        if name in group and folder.spec.sets_at(point)
     }
     value = {"adapter": name, "point": point, "pairs": pairs, "sets": sets}
     write_json(folder.early(name, point), value)
@@ -66,6 +66,20 @@ def write_pair(folder: CohortFolder, base: Base, pair: tuple[str, ...], point: f
     cosine = tier.joint_gradient_cosine(pair[0], pair[1])
     value = {"pair": list(pair), "point": point, "retention": retention, "cosine": cosine}
     write_json(folder.early_pair(pair[0], pair[1], point), value)
+
+
+def write_cut(folder: CohortFolder, base: Base, name: str, point: float) -> None:
+    """What the snapshot, at its best length, keeps of its own gain when it is cut to the ranks at
+    which the finished adapter is measured; and the relative error of each cut."""
+    tier = _tier(folder, base, point, (name,))
+    ranks = {}
+    for one, rank in folder.spec.truncations():
+        if one != name:
+            continue
+        cut = merge([tier.snapshots[name].update], "mean", rank=rank)
+        kept = tier.early_retention(name, cut.adapter)
+        ranks[str(rank)] = {"early_retention": kept, "error": cut.certificate.total}
+    write_json(folder.cut(name, point), {"adapter": name, "point": point, "ranks": ranks})
 
 
 def _tier(folder: CohortFolder, base: Base, point: float, names: Sequence[str]) -> ModelTier:

@@ -75,6 +75,10 @@ class CohortFolder:
         """What the model tier says of both of a pair: the rules whose merges take long."""
         return self.signals / str(point) / f"pair-{'+'.join(sorted((one, other)))}.json"
 
+    def cut(self, name: str, point: float) -> Path:
+        """What an adapter's snapshot keeps at smaller ranks."""
+        return self.signals / str(point) / f"cut-{name}.json"
+
     def examples(self, name: str, split: str, count: int) -> list[Example]:
         """`count` items of an adapter's task, or all there are of train items."""
         spec = self.spec.adapter(name)

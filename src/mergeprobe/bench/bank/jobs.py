@@ -23,6 +23,7 @@ KINDS = {
     "files": 10.0,
     "early": 60.0,
     "pair": 18.0,
+    "cut": 6.0,
     "merge": 10.0,
     "truncated": 4.0,
 }
@@ -76,6 +77,7 @@ def jobs_of(folder: CohortFolder) -> list[Job]:
         jobs.append(Job(name, "files", spec.names, point))
         jobs += [Job(name, "early", (one,), point) for one in spec.names]
         jobs += [Job(name, "pair", pair, point) for pair in combinations(spec.names, 2)]
+        jobs += [Job(name, "cut", (one,), point) for one in dict(spec.truncations())]
     merges = sorted(folder.merges(), key=lambda wanted: -len(wanted.adapters))
     jobs += [Job(name, "merge", m.adapters, None, m.method, m.rank) for m in merges]
     cut = folder.truncations()
@@ -91,7 +93,7 @@ def needs(job: Job, folder: CohortFolder) -> Iterator[Job]:
         yield from trained
     if job.kind == "merge" and job.method == JOINT:
         yield Job(name, "joint", (JOINT,))
-    if job.kind == "pair":
+    if job.kind in ("pair", "cut"):
         yield from (Job(name, "length", (one,), job.point) for one in job.adapters)
     if job.kind == "early":
         yield from (Job(name, "length", (one,), job.point) for one in folder.spec.names)
@@ -118,4 +120,6 @@ def done(job: Job, folder: CohortFolder) -> bool:
             return folder.early(adapters[0], point).exists()
         case "pair":
             return folder.early_pair(adapters[0], adapters[1], point).exists()
+        case "cut":
+            return folder.cut(adapters[0], point).exists()
     raise AssertionError(f"no job of kind {job.kind}")

@@ -1,8 +1,9 @@
-"""Rows of a cohort: its working files, collated into four tables.
+"""Rows of a cohort: its working files, collated into five tables.
 
 adapters: one row per adapter. pairs: one per (point, i, j): what j does to i. sets: one per
-(point, adapter, set) of three or more. outcomes: one per (adapter, set, method). Collating reads
-only files that are never changed, so doing it twice gives the same bytes.
+(point, adapter, set) of three or more. truncations: one per (point, adapter, smaller rank): what
+the snapshot keeps. outcomes: one per (adapter, set, method, rank). Collating reads only files that
+are never changed, so doing it twice gives the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mergeprobe.evaluate.retention import retention
 from mergeprobe.predict import surrogate
 from mergeprobe.predict.signal_rows import signal_rows
 
-TABLES = ("adapters", "pairs", "sets", "outcomes")
+TABLES = ("adapters", "pairs", "sets", "truncations", "outcomes")
 SPEC = "cohort.json"
 
 
@@ -39,12 +40,13 @@ def collated(folder: CohortFolder, out: Path) -> bool:
 
 
 def collate(folder: CohortFolder, out: Path) -> Path:
-    """Writes OUT/<cohort>/ with the four tables and the spec, whole or not at all."""
+    """Writes OUT/<cohort>/ with the tables and the spec, whole or not at all."""
     made_by = folder.made_by()
     rows = {
         "adapters": adapter_rows(folder, made_by),
         "pairs": _joined(folder, pair_rows),
         "sets": _joined(folder, set_rows),
+        "truncations": _joined(folder, truncation_rows),
         "outcomes": outcomes(folder),
     }
     target = out / folder.spec.name
@@ -155,11 +157,22 @@ def pair_rows(files: PointFiles) -> list[dict[str, Any]]:
 
 
 def set_rows(files: PointFiles) -> list[dict[str, Any]]:
-    return [
-        files.key | files.signals.group(name, group, files.early[name]["sets"]["+".join(group)])
-        for group in files.spec.larger_sets()
-        for name in group
-    ]
+    rows = []
+    for group in files.spec.larger_sets():
+        for name in group:
+            early = files.early[name]["sets"].get("+".join(group), {})  # only at set_points
+            rows.append(files.key | files.signals.group(name, group, early))
+    return rows
+
+
+def truncation_rows(files: PointFiles) -> list[dict[str, Any]]:
+    """early_retention: share of the snapshot's own gain at its best length; error: of the cut."""
+    rows = []
+    for name in dict(files.spec.truncations()):
+        found = read_json(files.folder.cut(name, files.point), DataError)
+        for rank, kept in found["ranks"].items():
+            rows.append(files.key | {"adapter": name, "rank": int(rank)} | kept)
+    return rows
 
 
 EXACT = ("point",)  # kept in double precision: they are compared for equality
@@ -170,6 +183,8 @@ def _joined(folder: CohortFolder, make: Any) -> pl.DataFrame:
     rows = []
     for point in folder.spec.points:
         rows += [_finite(row) for row in make(PointFiles(folder, point))]
+    if not rows:  # of a kind that the cohort does not have
+        return pl.DataFrame(schema={"cohort": pl.String, "point": pl.Float64})
     frame = pl.DataFrame(rows, infer_schema_length=None)
     # a column without any value has no type of its own
     measured = [

@@ -49,7 +49,8 @@ class AdapterSpec(BaseModel):
 
 
 class CohortSpec(BaseModel):
-    """One cohort. points: shares of training at which probes are taken.
+    """One cohort. points: shares of training at which probes are taken. set_points: those of them
+    at which the model tier measures sets of three or more, too; None for all.
 
     set_sizes: (size, how many sets of it; None for all). seed: which sets are drawn; cohorts of
     equal seed and size have the same ones by position. methods: merges to measure. merge_rank:
@@ -66,6 +67,7 @@ class CohortSpec(BaseModel):
     base: str = BASE
     adapters: tuple[AdapterSpec, ...] = Field(min_length=2)
     points: tuple[float, ...] = POINTS
+    set_points: tuple[float, ...] | None = None
     test_items: int = Field(64, ge=2)
     calibration_items: int = Field(32, ge=1)
     forecast_items: int = Field(16, ge=1)
@@ -86,6 +88,8 @@ class CohortSpec(BaseModel):
             0 < point <= 1 for point in self.points
         ):
             raise ValueError(f"points must rise inside (0, 1]: got {list(self.points)}")
+        if unknown := sorted(set(self.set_points or ()) - set(self.points)):
+            raise ValueError(f"set_points must be among the points: got {unknown}")
         cut = list(self.truncated_ranks)
         if cut != sorted(set(cut)) or any(rank < 1 for rank in cut):
             raise ValueError(f"truncated_ranks must rise from 1 or more: got {cut}")
@@ -113,6 +117,10 @@ class CohortSpec(BaseModel):
 
     def larger_sets(self) -> list[tuple[str, ...]]:
         return [group for group in self.sets() if len(group) > 2]
+
+    def sets_at(self, point: float) -> bool:
+        """Whether the model tier measures larger sets at this point."""
+        return self.set_points is None or point in self.set_points
 
     def rank_of(self, group: tuple[str, ...]) -> int | None:
         """The rank of a group's merge; None keeps it exact."""

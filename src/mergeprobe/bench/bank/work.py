@@ -8,7 +8,7 @@ from typing import Any
 
 from mergeprobe.adapters.base import Base, load_base
 from mergeprobe.artefact import atomic_folder, write_parquet
-from mergeprobe.bench.bank.early import write_early, write_length, write_pair
+from mergeprobe.bench.bank.early import write_cut, write_early, write_length, write_pair
 from mergeprobe.bench.bank.folder import CohortFolder, read_spec
 from mergeprobe.bench.bank.jobs import Job, done, job_from
 from mergeprobe.bench.measure import Bench
@@ -57,6 +57,8 @@ class Work:
                 write_early(folder, base, job.adapters[0], _point(job))
             case "pair":
                 write_pair(folder, base, job.adapters, _point(job))
+            case "cut":
+                write_cut(folder, base, job.adapters[0], _point(job))
 
     def _opened(self, cohort: str, data: str | None) -> CohortFolder:
         if self._folder is None or self._folder.spec.name != cohort:
