@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mergeprobe.adapters.regions import kind_of, layer_of
 from mergeprobe.capture.probe import Calibration, Drift, Moment, Probe, provenance
 from mergeprobe.capture.sketch import projection, sketch_update
 from mergeprobe.lowrank import LowRank
 from mergeprobe.signals import adapter_rows, linear, pair_rows, quadratic, set_rows
 from mergeprobe.signals.curvature import n_max
-from mergeprobe.signals.panel import kind_of, layer_of
 from mergeprobe.signals.representation import aligned, entropy, kl
 
 M = "model.layers.0.mlp.up_proj"

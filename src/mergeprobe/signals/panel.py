@@ -7,7 +7,6 @@ same formula on another sum.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,12 +15,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mergeprobe.adapters.checkpoint import check_same_base, natural
+from mergeprobe.adapters.regions import KINDS, THIRDS, kind_of, layer_of, third_of
 from mergeprobe.capture.probe import Probe
 from mergeprobe.errors import AdapterMismatch, ProbeError
 from mergeprobe.signals.site import Site
 
-THIRDS = ("early", "middle", "late")
-KINDS = ("attention", "mlp")
 EACH = "each"  # the region that stands for "every module by itself"
 
 Products = Callable[[Site], dict[str, Tensor]]
@@ -154,21 +152,6 @@ def resolve(chosen: Sequence[str], probes: tuple[Probe, ...]) -> tuple[int, ...]
     return tuple(sorted(names.index(name) for name in chosen))
 
 
-def layer_of(module: str) -> int | None:
-    """The layer index in a module's name, or None outside the layers."""
-    match = re.search(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.", module)
-    return int(match[1]) if match else None
-
-
-def kind_of(module: str) -> str:
-    """attention | mlp | other, by the name."""
-    if re.search(r"attn|attention|[qkvo]_proj$|qkv", module):
-        return "attention"
-    if re.search(r"mlp|feed_?forward|ffn|(gate|up|down)_proj$|fc_?[12]$", module):
-        return "mlp"
-    return "other"
-
-
 def regions(modules: Sequence[str], probes: Sequence[Probe]) -> dict[str, Bool[Tensor, " m"]]:
     """Which modules belong to "all", to each third of the depth, and to each kind.
 
@@ -179,7 +162,7 @@ def regions(modules: Sequence[str], probes: Sequence[Probe]) -> dict[str, Bool[T
     said = [probe.meta.get("layers") for probe in probes]
     seen = [layer + 1 for layer in layers if layer is not None]
     depth = max([*seen, *(count for count in said if isinstance(count, int))], default=1)
-    third = [None if layer is None else THIRDS[layer * 3 // depth] for layer in layers]
+    third = [third_of(module, depth) for module in modules]
     kind = [kind_of(module) for module in modules]
     found = {"all": torch.ones(len(modules), dtype=torch.bool)}
     found |= {name: torch.tensor([value == name for value in third]) for name in THIRDS}

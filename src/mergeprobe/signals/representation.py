@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mergeprobe.adapters.regions import THIRDS
 from mergeprobe.capture.probe import Drift
 from mergeprobe.errors import ProbeError
-from mergeprobe.signals.panel import THIRDS, Panel
+from mergeprobe.signals.panel import Panel
 from mergeprobe.signals.site import cosine, ratio
 
 FLOOR = 1e-12  # the smallest probability, so that an exactly empty tail gives no infinity

@@ -14,9 +14,10 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from mergeprobe.adapters.regions import kind_of, layer_of
 from mergeprobe.capture.probe import Probe
 from mergeprobe.signals import curvature, gradient, subspace, update
-from mergeprobe.signals.panel import Panel, check_in_common, kind_of, layer_of, measure
+from mergeprobe.signals.panel import Panel, check_in_common, measure
 from mergeprobe.signals.table import SIGNALS, columns, of_kind
 
 SET_PRODUCTS = (subspace.set_products, curvature.set_products)

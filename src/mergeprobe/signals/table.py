@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from mergeprobe.adapters.regions import KINDS, THIRDS
 from mergeprobe.signals import (
     curvature,
     gradient,
@@ -16,7 +17,7 @@ from mergeprobe.signals import (
     subspace,
     update,
 )
-from mergeprobe.signals.panel import EACH, KINDS, THIRDS, Panel
+from mergeprobe.signals.panel import EACH, Panel
 
 WHOLE = ("all",)
 DEPTH = ("all", *THIRDS)

@@ -41,7 +41,7 @@ class Method:
     kind: Literal["lowrank", "entrywise", "search"]
     summary: str
     source: str
-    defaults: Mapping[str, float] = field(default_factory=dict)
+    defaults: Mapping[str, float | str] = field(default_factory=dict)
     weights: Literal["fixed", "as given", "ratios"] = "as given"
     uniform: Literal["1/T", "1"] = "1/T"
     keeps: frozenset[str] = ALL

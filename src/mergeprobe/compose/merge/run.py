@@ -1,19 +1,26 @@
-"""merge: any rule of METHODS over whole adapters, one module at a time, with a certificate."""
+"""merge: any rule of METHODS over whole adapters in memory, module by module, with a certificate.
+
+`stream.merge_folders` does the same from folders to a folder, holding one module at a time.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from mergeprobe.adapters.checkpoint import Adapter, check_same_base, natural, shared_placement
-from mergeprobe.compose.merge.factor import factor
-from mergeprobe.compose.merge.methods import METHODS, Method
-from mergeprobe.errors import AdapterMismatch, MergeError
-from mergeprobe.lowrank import LowRank, norm, pad, truncate
+from mergeprobe.compose.merge.data import (
+    Probes,
+    module_data,
+    probes_for,
+)
+from mergeprobe.compose.merge.module import absent, exact_merge, exact_rank, written
+from mergeprobe.compose.merge.recipe import recipe
+from mergeprobe.compose.merge.weights import Weights, depth_of, weights_at
+from mergeprobe.errors import AdapterMismatch
+from mergeprobe.lowrank import LowRank
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,25 @@ class Certificate:
         return max(self.modules.values(), default=0.0)
 
 
+@dataclass
+class Errors:
+    """Adds up a certificate, one module at a time."""
+
+    modules: dict[str, float] = field(default_factory=dict)
+    lost: float = 0.0
+    whole: float = 0.0
+
+    def add(self, module: str, error: float, size: float) -> None:
+        """error: relative. size: the norm of the exact merge."""
+        self.modules[module] = error
+        self.lost += (error * size) ** 2
+        self.whole += size**2
+
+    def certificate(self) -> Certificate:
+        total = math.sqrt(self.lost / self.whole) if self.whole > 0 else 0.0
+        return Certificate(total, self.modules)
+
+
 @dataclass(frozen=True, eq=False)
 class Merged:
     """The merged adapter and how exactly it carries out its rule."""
@@ -44,105 +70,73 @@ def merge(
     adapters: Sequence[Adapter],
     method: str = "mean",
     *,
-    weights: Sequence[float] | None = None,
+    weights: Weights | None = None,
     rank: int | None = None,
+    space: str = "full",
+    probes: Probes | None = None,
+    seed: int = 0,
     name: str = "merged",
-    **options: float,
+    **options: Any,
 ) -> Merged:
     """Merges adapters of one base by a rule of METHODS.
 
     weights: one per adapter, in their order; where None, the rule's own uniform weights (1/T, or
-    1 for the rules that sum). rank: of every module of the result; smaller truncates, larger pads
-    with zeros. None keeps a low-rank rule exact, at rank Σ rᵢ or full rank if that is less; for an
-    entry-wise rule, whose result has no low rank, it means that same rank, and the certificate
-    says what was lost. options: the rule's own (METHODS[method].defaults).
+    1 for the rules that sum). By part of the model too: {"all": [1, 0.5], "late": [1, 0]}, where
+    factors multiply (weights.py). rank: of every module of the result; smaller truncates, larger
+    pads with zeros. None keeps a low-rank rule exact, at rank Σ rᵢ or full rank if that is less;
+    for an entry-wise rule, whose result has no low rank, it means that same rank, and the
+    certificate says what was lost. space: "full", or a small space of spaces.SPACES in which the
+    rule is carried out. probes: for the rules that need data (METHODS[method].needs), one per
+    adapter in their order, or by name. seed: for what is drawn at random, module by module.
+    options: the rule's own (METHODS[method].defaults).
 
     A module that only some adapters have counts as a zero update in the others. Deterministic.
-    Raises MergeError for a rule, weight, rank or option that cannot be, AdapterMismatch for
-    adapters of different bases or shapes, or one that shares no module with the others.
+    Raises MergeError for a rule, weight, rank, option or missing data that cannot be,
+    AdapterMismatch for adapters of different bases or shapes, or one that shares no module with
+    the others.
     """
-    row = check_options(method, options)
-    chosen = {**row.defaults, **options}
-    _check_adapters(adapters)
-    given = _weights(method, row, weights, adapters)
-    if rank is not None and rank < 1:
-        raise MergeError(f"rank is {rank}; expected at least 1, or None to keep the exact rank")
+    names = [adapter.name for adapter in adapters]
+    asked = recipe(names, method, options, weights=weights, rank=rank, space=space, seed=seed)
+    given = probes_for(method, asked.row.needs, names, probes)
+    check_adapters(adapters)
     fingerprint = check_same_base(adapters)
-    modules, errors = {}, {}
-    lost = whole = 0.0
-    for module in sorted({m for a in adapters for m in a.modules}, key=natural):
-        parts = _parts(adapters, module)
-        modules[module], errors[module], size = _one(row, parts, given, chosen, rank)
-        lost += (errors[module] * size) ** 2
-        whole += size**2
-    certificate = Certificate(math.sqrt(lost / whole) if whole > 0 else 0.0, errors)
-    card: dict[str, Any] = {
-        "merged_from": [adapter.name for adapter in adapters],
-        "method": method,
-        "options": chosen,
-        "weights": given,
-        "rank": rank,
-        "certificate": asdict(certificate),
-    }
+    modules, errors = {}, Errors()
+    names_of_modules = module_names(adapters)
+    depth = depth_of(names_of_modules)
+    for module in names_of_modules:
+        parts = updates_at(adapters, module)
+        held = [module in adapter.modules for adapter in adapters]
+        data = module_data(method, asked.row.needs, module, held, given)
+        exact = exact_merge(asked, module, parts, weights_at(asked.weights, module, depth), data)
+        modules[module], error, size = written(exact, rank, exact_rank(parts))
+        errors.add(module, error, size)
+    certificate = errors.certificate()
     merged = Adapter(
         name,
         modules,
         base=next((a.base for a in adapters if a.base), ""),
         fingerprint=fingerprint,
         config=shared_placement(adapters),
-        card=card,
+        card=asked.card() | {"certificate": asdict(certificate)},
     )
     return Merged(merged, certificate)
 
 
-def _one(
-    row: Method,
-    parts: list[LowRank],
-    weights: list[float],
-    options: dict[str, float],
-    rank: int | None,
-) -> tuple[LowRank, float, float]:
-    """One module: (the update written, its relative error, the norm of the exact rule)."""
-    full = min(parts[0].shape)
-    if row.kind == "entrywise":
-        stack = torch.stack([part.dense() for part in parts])
-        exact = row.function(stack, torch.tensor(weights).to(stack), **options)
-        found, error = factor(exact, rank or min(full, sum(part.r for part in parts)))
-        return found, error, float(torch.linalg.vector_norm(exact))
-    exact = row.function(parts, weights, **options)
-    size = norm(exact)
-    if rank is None:
-        # more columns than the matrix has rank: recompressing loses nothing
-        found, error = (exact, 0.0) if exact.r <= full else truncate(exact, full)
-    else:
-        found, error = (pad(exact, rank), 0.0) if exact.r <= rank else truncate(exact, rank)
-    return found, error, size
+def module_names(adapters: Sequence[Adapter]) -> list[str]:
+    """All modules that any adapter adapts, in natural order."""
+    return sorted({module for adapter in adapters for module in adapter.modules}, key=natural)
 
 
-def _parts(adapters: Sequence[Adapter], module: str) -> list[LowRank]:
+def updates_at(adapters: Sequence[Adapter], module: str) -> list[LowRank]:
+    """One module's updates, one for each adapter; of rank 0 where it lacks the module."""
     held = [adapter.modules.get(module) for adapter in adapters]
     one = next(update for update in held if update is not None)
-    absent = LowRank(one.B[:, :0], one.A[:0])
-    return [absent if update is None else update for update in held]
+    return [absent(one) if update is None else update for update in held]
 
 
-def check_options(method: str, options: Mapping[str, float]) -> Method:
-    """The method's row; MergeError if there is no such method, or it takes no such option."""
-    if method not in METHODS:
-        raise MergeError(f"unknown merge method '{method}'; known are {', '.join(METHODS)}")
-    row = METHODS[method]
-    for option, value in options.items():
-        if option not in row.defaults:
-            known = ", ".join(f"{k} (default {v})" for k, v in row.defaults.items())
-            raise MergeError(f"'{method}' has no option '{option}'; it takes {known or 'none'}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise MergeError(f"option '{option}' of '{method}' is {value!r}; expected a number")
-    return row
-
-
-def _check_adapters(adapters: Sequence[Adapter]) -> None:
-    if not adapters:
-        raise MergeError("nothing to merge: got no adapters, expected at least one")
+def check_adapters(adapters: Sequence[Adapter], *, entries: bool = True) -> None:
+    """Raises AdapterMismatch for an adapter that has nothing in common with the others and, with
+    `entries`, for NaN or infinite ones."""
     for position, adapter in enumerate(adapters):
         others = {m for k, a in enumerate(adapters) if k != position for m in a.modules}
         if len(adapters) > 1 and not others & adapter.modules.keys():
@@ -150,28 +144,13 @@ def _check_adapters(adapters: Sequence[Adapter]) -> None:
                 f"'{adapter.name}' adapts no module that another adapter adapts: it has "
                 f"{sorted(adapter.modules)[:2]}…, the others {sorted(others)[:2]}…"
             )
-        for module, update in adapter.modules.items():
-            if not (update.A.isfinite().all() and update.B.isfinite().all()):
-                raise AdapterMismatch(
-                    f"'{adapter.name}' has NaN or infinite entries in '{module}': "
-                    "its training diverged; leave it out or train it again"
-                )
+        for module, update in adapter.modules.items() if entries else ():
+            check_finite(adapter.name, module, update)
 
 
-def _weights(
-    method: str, row: Method, weights: Sequence[float] | None, adapters: Sequence[Adapter]
-) -> list[float]:
-    count = len(adapters)
-    if weights is None:
-        return [1.0 if row.uniform == "1" else 1.0 / count] * count
-    if row.weights == "fixed":
-        raise MergeError(f"'{method}' takes no weights; give them to 'linear'")
-    given = [float(weight) for weight in weights]
-    if len(given) != count:
-        raise MergeError(f"{len(given)} weights for {count} adapters; expected one for each")
-    for adapter, weight in zip(adapters, given, strict=True):
-        if not math.isfinite(weight):
-            raise MergeError(f"the weight of '{adapter.name}' is {weight}; expected a finite one")
-    if row.weights == "ratios" and not any(given):
-        raise MergeError(f"all weights are 0, but '{method}' needs their ratios; raise one above 0")
-    return given
+def check_finite(name: str, module: str, update: LowRank) -> None:
+    if not (update.A.isfinite().all() and update.B.isfinite().all()):
+        raise AdapterMismatch(
+            f"'{name}' has NaN or infinite entries in '{module}': "
+            "its training diverged; leave it out or train it again"
+        )

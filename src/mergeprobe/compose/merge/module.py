@@ -1,0 +1,91 @@
+"""One module under any rule of METHODS: the exact result, and factors of the rank that is written.
+
+This is all that the engines share: in memory (run.py) and from folders (stream.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergeprobe.compose.merge.data import ModuleData
+from mergeprobe.compose.merge.factor import factor
+from mergeprobe.compose.merge.recipe import Recipe
+from mergeprobe.compose.merge.spaces import SPACES, as_lowrank
+from mergeprobe.lowrank import LowRank, norm, pad, truncate
+
+# the exact merge of one module: factors of a low-rank rule, or a dense float32 (out, in) matrix
+Exact = LowRank | Tensor
+
+
+def exact_merge(
+    recipe: Recipe,
+    module: str,
+    updates: Sequence[LowRank],
+    weights: Sequence[float],
+    data: Sequence[ModuleData] = (),
+) -> Exact:
+    """What the rule says about one module, before any truncation.
+
+    updates: one for each adapter, of rank 0 where it lacks the module. data: for rules that need
+    it, one for each update.
+    """
+    row = recipe.row
+    keywords: dict[str, Any] = dict(recipe.options)
+    if row.seeded:
+        keywords["generator"] = module_generator(recipe.seed, module)
+    if row.needs:
+        keywords["data"] = data
+    if recipe.space != "full":
+        space = SPACES[recipe.space](updates)
+        if space.stack.numel() == 0:  # every update is zero, and so is any merge of them
+            return absent(updates[0])
+        if row.kind == "entrywise":
+            given = torch.tensor(list(weights)).to(space.stack)
+            return space.back(row.function(space.stack, given, **keywords))
+        inside = [as_lowrank(matrix) for matrix in space.stack]
+        return space.back(row.function(inside, list(weights), **keywords).dense())
+    if row.kind == "entrywise":
+        stack = torch.stack([update.dense() for update in updates])
+        return row.function(stack, torch.tensor(list(weights)).to(stack), **keywords)
+    return row.function(updates, list(weights), **keywords)
+
+
+def module_generator(seed: int, module: str) -> torch.Generator:
+    """A generator of the module's own, so that the order in which modules are merged, or how many
+    at once, changes nothing."""
+    digest = hashlib.sha256(f"{seed}|{module}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def absent(like: LowRank) -> LowRank:
+    """The update of an adapter that lacks the module: rank 0."""
+    return LowRank(like.B[:, :0], like.A[:0])
+
+
+def written(exact: Exact, rank: int | None, exact_rank: int) -> tuple[LowRank, float, float]:
+    """(what is written of the exact merge, its relative error, the norm of the exact merge).
+
+    rank: smaller truncates, larger pads with zeros. None keeps a low-rank result exact; a dense
+    one, which has no low rank, is cut to `exact_rank`.
+    """
+    if isinstance(exact, Tensor):
+        found, error = factor(exact, rank or exact_rank)
+        return found, error, float(torch.linalg.vector_norm(exact))
+    full = min(exact.shape)
+    size = norm(exact)
+    if rank is None:
+        # more columns than the matrix has rank: recompressing loses nothing
+        found, error = (exact, 0.0) if exact.r <= full else truncate(exact, full)
+    else:
+        found, error = (pad(exact, rank), 0.0) if exact.r <= rank else truncate(exact, rank)
+    return found, error, size
+
+
+def exact_rank(updates: Sequence[LowRank]) -> int:
+    """Σ rᵢ, or the full rank of the module if that is less."""
+    return min(*updates[0].shape, sum(update.r for update in updates))
