@@ -79,7 +79,7 @@ def test_configuration_varies_inside_a_cohort_and_between_two():
 
 
 def test_a_spec_survives_json(tmp_path):
-    spec = six(joint=True, points=(0.1, 1.0))
+    spec = six(joint=True, points=(0.1, 1.0), set_points=(0.1,))
     write_spec(tmp_path / "cohort.json", spec, "somebody 1.0")
     assert read_spec(tmp_path / "cohort.json") == (spec, "somebody 1.0")
     assert CohortSpec.model_validate_json(spec.model_dump_json()) == spec
@@ -205,7 +205,7 @@ def test_what_a_snapshot_keeps_at_smaller_ranks(finished, base_folder):
     values = [torch.linalg.svdvals(u.dense().double()).square() for u in probe.updates.values()]
     lost = sum(float(v[3:].sum()) for v in values) / sum(float(v.sum()) for v in values)
     assert found["error"] == pytest.approx(lost**0.5, rel=1e-4)
-    tier = open_tier(load_base(str(base_folder), dtype="float32"), [probe], items=16)
+    tier = open_tier(load_base(str(base_folder), dtype="float32"), [probe], items=4)
     own = tier.snapshots["safety"].update
     kept = tier.early_retention("safety", merge([own], "mean", rank=3).adapter)
     assert found["early_retention"] == pytest.approx(kept, rel=1e-3)
@@ -292,15 +292,16 @@ def test_held_out_cohorts_have_all_that_decisions_need():
 
 
 def test_a_folder_from_before_a_field_was_added_goes_on(tmp_path):
-    folder = CohortFolder(tmp_path, six())
-    write_spec(folder.spec_file, six(), "somebody 1.0")
+    spec = six(set_points=None)
+    folder = CohortFolder(tmp_path, spec)
+    write_spec(folder.spec_file, spec, "somebody 1.0")
     value = json.loads(folder.spec_file.read_text())
-    del value["truncated_ranks"]
+    del value["set_points"]
     folder.spec_file.write_text(json.dumps(value))
     folder.probes.mkdir()  # its work has begun
     folder.claim()
     assert json.loads(folder.spec_file.read_text()) == value
-    changed = CohortFolder(tmp_path, six(truncated_ranks=(1, 2)))
+    changed = CohortFolder(tmp_path, six(set_points=None, truncated_ranks=(1, 2)))
     with pytest.raises(OutputExists, match="with other truncated_ranks"):
         changed.claim()
     folder.probes.rmdir()  # as a queue leaves the cohorts that it has not come to
