@@ -24,9 +24,10 @@ from mergeprobe.version import __version__
 if TYPE_CHECKING:
     from mergeprobe.adapters.base import load_base
     from mergeprobe.adapters.checkpoint import Adapter, read_adapter, write_adapter
-    from mergeprobe.capture import MergeProbeCallback, Probe, ProbeRecorder, read_probe
+    from mergeprobe.capture import Probe, ProbeRecorder, read_probe
     from mergeprobe.compose import Executor, apply_plan, merge
     from mergeprobe.evaluate.retention import retention
+    from mergeprobe.live import MergeProbeCallback
     from mergeprobe.plan import Plan, read_plan, write_plan
     from mergeprobe.predict.early import open_tier
     from mergeprobe.predict.forecast import forecast_probes as forecast
@@ -57,7 +58,7 @@ __all__ = [
 _WHERE = {
     "Adapter": ("adapters.checkpoint", "Adapter"),
     "Executor": ("compose", "Executor"),
-    "MergeProbeCallback": ("capture", "MergeProbeCallback"),
+    "MergeProbeCallback": ("live", "MergeProbeCallback"),
     "Plan": ("plan", "Plan"),
     "Probe": ("capture", "Probe"),
     "ProbeRecorder": ("capture", "ProbeRecorder"),

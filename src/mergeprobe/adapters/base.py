@@ -140,7 +140,7 @@ def fingerprint(model: nn.Module) -> str:
     Raises BaseModelError for packed (quantised) weights, whose entries cannot be read.
     """
     total = hashlib.sha256()
-    for name, weight in sorted(_base_weights(model)):
+    for name, weight in sorted(base_weights(model)):
         if weight.ndim < 2:
             continue
         if not weight.is_floating_point():
@@ -158,7 +158,8 @@ def fingerprint(model: nn.Module) -> str:
     return total.hexdigest()[:16]
 
 
-def _base_weights(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def base_weights(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The frozen weights by their names in the base model, adapters left out."""
     weights = []
     for name, weight in model.named_parameters():
         if ".lora_" in name or ".modules_to_save." in name:

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from mergeprobe.adapters.base import Base, quiet_transformers
 from mergeprobe.adapters.checkpoint import CARD, CARD_SCHEMA, CONFIG, WEIGHTS
 from mergeprobe.artefact import MADE_BY, atomic_folder, sha256, write_json
-from mergeprobe.capture import MergeProbeCallback
+from mergeprobe.capture import ProbeCallback
 from mergeprobe.evaluate.data import Example
 
 CHECKPOINT_EVERY = 20
@@ -84,8 +84,12 @@ def train(run: Run, base: Base, *, to_probe: bool, on_step: Callable[[int, float
     model.peft_config["default"].base_model_name_or_path = base.name
     pairs = [(item.prompt, item.completion) for item in run.calibration]
     probing = [
-        MergeProbeCallback(
-            point.path, calibration=pairs, tokenizer=base.tokenizer, at_step=point.step
+        ProbeCallback(
+            point.path,
+            calibration=pairs,
+            tokenizer=base.tokenizer,
+            at_step=point.step,
+            strict=True,  # the run is for the probe
         )
         for point in run.missing()
     ]
@@ -173,7 +177,7 @@ def _step_of(checkpoint: Path) -> int:
 class _Watch(TrainerCallback):
     """Reports every step, and stops after the probe point when told to (saving a checkpoint)."""
 
-    def __init__(self, on_step: Callable[[int, float], None], stop_at: MergeProbeCallback | None):
+    def __init__(self, on_step: Callable[[int, float], None], stop_at: ProbeCallback | None):
         self.on_step, self.stop_at = on_step, stop_at
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -80,17 +80,6 @@ def encode(tokenizer: Any, pairs: Sequence[tuple[str, str]], *, max_tokens: int 
     return Batch(ids, attention, completion)
 
 
-def from_features(features: dict[str, Tensor]) -> Batch:
-    """A collated training batch (input_ids, attention_mask, labels) as a Batch."""
-    ids = features["input_ids"].long()
-    attention = features.get("attention_mask")
-    attention = torch.ones_like(ids) if attention is None else attention.long()
-    labels = features.get("labels")
-    completion = attention.clone() if labels is None else (labels != -100).long()
-    completion[:, 0] = 0  # nothing predicts the first token
-    return Batch(ids, attention, completion)
-
-
 def completion_logits(
     model: Any, batch: Batch
 ) -> tuple[Float[Tensor, "tokens vocab"], Int[Tensor, " tokens"], Int[Tensor, " tokens"]]:

@@ -10,8 +10,9 @@ from mergeprobe.adapters.attach import placed
 from mergeprobe.adapters.base import Base
 from mergeprobe.adapters.checkpoint import read_adapter
 from mergeprobe.artefact import read_json
+from mergeprobe.capture.items import CALIBRATION_ITEMS, spread
+from mergeprobe.capture.measure import take_probe
 from mergeprobe.capture.probe import Probe
-from mergeprobe.capture.run import CALIBRATION_ITEMS, take_probe
 from mergeprobe.errors import AdapterError, AdapterMismatch
 
 STATE = "trainer_state.json"  # transformers writes it into every checkpoint
@@ -48,8 +49,7 @@ def probe_checkpoint(
         for key, value in (("step", step), ("planned_steps", planned_steps))
         if value is not None
     }
-    count = min(CALIBRATION_ITEMS, len(calibration))
-    pairs = [calibration[index * len(calibration) // count] for index in range(count)]
+    pairs = [calibration[index] for index in spread(len(calibration), CALIBRATION_ITEMS)]
     model: Any = PeftModel.from_pretrained(base.model, str(folder))
     try:
         return take_probe(

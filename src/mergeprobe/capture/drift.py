@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mergeprobe.adapters.base import base_weights
 from mergeprobe.adapters.packaged import cache_folder
 from mergeprobe.artefact import atomic_file
-from mergeprobe.capture.probe import Drift
+from mergeprobe.capture.probe import Drift, tensors_digest
 from mergeprobe.capture.sketch import projection
 
 TOKENS_PER_TEXT = 32
@@ -23,6 +27,8 @@ MAX_TOKENS = 1024
 EVERY = 4  # next-token distributions are kept at every fourth position and at the last
 TOP = 64
 HIDDEN_SKETCH = 64
+# what may differ between two configurations of one computation
+IRRELEVANT = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
 
 
 def probe_texts() -> list[str]:
@@ -47,23 +53,18 @@ def measure_drift(
 ) -> Drift:
     """Runs the probe set through `model`, and through the base inside the context `base`.
 
-    base: a context in which `model` is the base (PEFT's `disable_adapter()`).
-    With a fingerprint the base's side is kept in the cache and computed once per base.
+    base: a context in which `model` is the base. With a fingerprint the base's side is kept in the
+    user's cache and computed once per base and setting (`_cache_path` says what counts).
     """
     rows = probe_ids(tokenizer)
-    ours = _states(model, rows)
-    key = None
-    if fingerprint:
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        made = hashlib.sha256(f"{rows}|{TOP}|{EVERY}|{HIDDEN_SKETCH}".encode()).hexdigest()[:12]
-        key = cache_folder() / "probe_set" / f"{fingerprint}-{dtype}-{made}.safetensors"
-    theirs = _cached(key)
+    ours, precision = _states(model, rows)
+    path = _cache_path(model, rows, fingerprint, precision) if fingerprint else None
+    theirs = _cached(path)
     if theirs is None:
         with base or nullcontext():
-            theirs = _states(model, rows)
-        if key is not None:
-            with atomic_file(key) as temporary:
-                save_file(theirs, temporary)
+            theirs, _ = _states(model, rows)
+        if path is not None:
+            _keep(theirs, path)
     return Drift(
         hidden=ours["hidden"] - theirs["hidden"],
         logprob=ours["logprob"],
@@ -76,7 +77,8 @@ def measure_drift(
 
 
 @torch.no_grad()
-def _states(model: Any, rows: list[list[int]]) -> dict[str, Tensor]:
+def _states(model: Any, rows: list[list[int]]) -> tuple[dict[str, Tensor], str]:
+    """What Drift keeps of one model, and the precision that its last layers computed in."""
     device = next(model.parameters()).device
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -85,7 +87,15 @@ def _states(model: Any, rows: list[list[int]]) -> dict[str, Tensor]:
         ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
     ids, mask = ids.to(device), mask.to(device)
-    out = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+    precision = []
+    # under autocast the parameters do not say it, nor does the output: accelerate makes it float32
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: precision.append(f"{args[0].dtype}-{output.dtype}")
+    )
+    try:
+        out = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+    finally:
+        handle.remove()
     weights = (mask / mask.sum(1, keepdim=True))[None, :, :, None]
     pooled = torch.stack([(h.float() * weights[0]).sum(1) for h in out.hidden_states])
     sketch = projection("probe set", "hidden", pooled.shape[-1], HIDDEN_SKETCH).to(device)
@@ -100,14 +110,53 @@ def _states(model: Any, rows: list[list[int]]) -> dict[str, Tensor]:
         "logprob": top.values.cpu().contiguous(),
         "index": top.indices.to(torch.int32).cpu().contiguous(),
         "tail": rest.clamp(min=1e-12).log().float().cpu().contiguous(),
-    }
+    }, ",".join(precision)
 
 
-def _cached(key: Path | None) -> dict[str, Tensor] | None:
-    if key is None or not key.exists():
+def _cache_path(model: Any, rows: list[list[int]], fingerprint: str, precision: str) -> Path:
+    """Where the base's side lies, named by everything it depends on.
+
+    The fingerprint is made to be equal across dtypes, and drifts are smaller than the differences
+    between them. So the name also holds samples of every weight's value, the configuration, the
+    precision of the computation, and the software and device that rounded it.
+    """
+    total = hashlib.sha256(f"{rows}|{TOP}|{EVERY}|{HIDDEN_SKETCH}|{precision}".encode())
+    config = model.config.to_dict()
+    told = {key: value for key, value in config.items() if key not in IRRELEVANT}
+    total.update(json.dumps(told, sort_keys=True, default=str).encode())
+    device = next(model.parameters()).device
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    attention = getattr(model.config, "_attn_implementation", None)
+    versions = (torch.__version__, transformers.__version__)
+    total.update(f"|{device.type}|{card}|{attention}|{versions}".encode())
+    for name, weight in sorted(base_weights(model)):
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)].cpu()
+        total.update(f"|{name}|{weight.dtype}|".encode())
+        total.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    return cache_folder() / "probe_set" / f"{fingerprint}-{total.hexdigest()[:16]}.safetensors"
+
+
+def _cached(path: Path | None) -> dict[str, Tensor] | None:
+    """The entry, or None where there is none; a damaged one is computed again."""
+    if path is None:
         return None
     try:
-        with safe_open(str(key), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+        with safe_open(str(path), framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}
+            sealed = (file.metadata() or {}).get("digest")
     except (SafetensorError, OSError):
-        return None  # a damaged cache entry is computed again
+        return None
+    return found if sealed == tensors_digest(found.items()) else None
+
+
+def _keep(states: dict[str, Tensor], path: Path) -> None:
+    try:
+        with atomic_file(path) as temporary:
+            save_file(states, temporary, metadata={"digest": tensors_digest(states.items())})
+    except OSError as problem:
+        warnings.warn(
+            f"mergeprobe: '{path.parent}' cannot be written ({problem.strerror}), so the base runs "
+            "on the probe set for every probe; $MERGEPROBE_CACHE names another folder",
+            stacklevel=2,
+        )

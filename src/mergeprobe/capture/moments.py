@@ -27,20 +27,27 @@ class MomentSketch:
         generator = torch.Generator().manual_seed(dim)
         self.omega = torch.randn(dim, columns, generator=generator).to(device)
         self.range = torch.zeros(dim, columns, device=device)
-        self.trace = 0.0
+        # on the device: reading it after every batch would make a GPU wait
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
         self.rows = 0
+
+    @property
+    def trace(self) -> float:
+        """Σ ‖v‖² over the rows seen, exact."""
+        return float(self.total)
 
     def add(self, rows: Float[Tensor, "rows dim"]) -> None:
         rows = rows.float()
-        self.range += rows.T @ (rows @ self.omega)
-        self.trace += float(rows.square().sum())
+        self.range.addmm_(rows.T, rows @ self.omega)
+        self.total += torch.linalg.vector_norm(rows).double().square()
         self.rows += rows.shape[0]
 
     def moment(self, per: int | None = None) -> Moment:
         """The sketch, divided by `per` (default: the number of rows seen)."""
         count = max(1, self.rows if per is None else per)
         dim = self.range.shape[0]
-        if self.trace == 0.0:
+        trace = self.trace
+        if trace == 0.0:
             return Moment(torch.zeros(dim, self.rank), 0.0)
         y = self.range.double().cpu() / count
         core = self.omega.double().cpu().T @ y
@@ -52,5 +59,5 @@ class MomentSketch:
         u, s, _ = torch.linalg.svd(y @ root, full_matrices=False)
         values = s[: self.rank].square()
         kept = u[:, : self.rank] * values.sqrt()
-        tail = max(0.0, self.trace / count - float(values.sum())) / dim
+        tail = max(0.0, trace / count - float(values.sum())) / dim
         return Moment(kept.float(), tail)

@@ -211,7 +211,7 @@ def write_probe(probe: Probe, path: str | Path, *, force: bool = True) -> Path:
     header = {
         "format": "pt",
         "mergeprobe": text,
-        "digest": _digest(tensors.items()),
+        "digest": tensors_digest(tensors.items()),
         "header_digest": _text_digest(text),
     }
     with atomic_file(path, force=force) as temporary:
@@ -239,7 +239,7 @@ def read_probe(path: str | Path) -> Probe:
         if not newer and header.get("header_digest") != _text_digest(header["mergeprobe"]):
             raise ProbeError(f"'{path}' is damaged: its header does not match its digest")
         check_schema(schema, PROBE_SCHEMA, f"probe '{path}'", ProbeError)
-        if header.get("digest") != _digest(tensors.items()):
+        if header.get("digest") != tensors_digest(tensors.items()):
             raise ProbeError(f"'{path}' is damaged: its contents do not match its digest")
         return _assemble(meta, tensors, path)
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
@@ -286,7 +286,8 @@ def _text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Names, types, shapes and contents, in the order of the names."""
     total = hashlib.sha256()
     for key, value in sorted(tensors):
         total.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())

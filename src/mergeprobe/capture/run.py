@@ -1,50 +1,32 @@
-"""Measuring one run: when, what, into which file. The callback and hand-written loops use it."""
+"""Probing one training run: when, what, into which files. For the callback and for own loops."""
 
 from __future__ import annotations
 
-import json
-import math
-import platform
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
-
-from mergeprobe.adapters.base import fingerprint
-from mergeprobe.artefact import atomic_file
-from mergeprobe.capture.batch import Batch, encode, item_scores
-from mergeprobe.capture.drift import measure_drift
+from mergeprobe.capture.batch import Batch
+from mergeprobe.capture.first_steps import FirstSteps, read_first_steps
+from mergeprobe.capture.measure import BaseSide, as_batch, assemble, measure_task
 from mergeprobe.capture.model import (
-    active_adapter,
     adapted_modules,
+    check_whole,
     current_update,
     init_hash,
-    measuring,
-    weight_norms,
+    plain,
 )
-from mergeprobe.capture.probe import Calibration, Probe, provenance, write_probe
-from mergeprobe.capture.recorder import record
+from mergeprobe.capture.points import ProbePoint, probe_points
+from mergeprobe.capture.probe import Probe, write_probe
+from mergeprobe.capture.processes import ALONE, all_processes
+from mergeprobe.capture.recorder import BATCH_SIZE
 from mergeprobe.capture.sketch import sketch_update
-from mergeprobe.errors import ProbeError
-from mergeprobe.version import __version__
-
-CALIBRATION_ITEMS = 32
-EARLIEST_STEP = 8
-AFTER_WARMUP = 3
-
-
-def probe_step(planned: int, warmup: int = 0, fraction: float = 0.05) -> int:
-    """The optimizer step to probe at: max(fraction of the plan, 8, 3 after warm-up)."""
-    return max(math.ceil(fraction * planned), EARLIEST_STEP, warmup + AFTER_WARMUP)
 
 
 class ProbeRecorder:
-    """Writes a probe of a training run; for hand-written loops (the callback uses it too).
+    """Writes the probes of a training run; for hand-written loops (the callback uses it too).
 
         recorder = ProbeRecorder(model, "probes/math.safetensors", planned_steps=1000,
                                  calibration=batch, tokenizer=tokenizer)
@@ -53,8 +35,11 @@ class ProbeRecorder:
             recorder.step(step, loss)
 
     model: a PEFT model with one plain LoRA; ProbeError by name otherwise, before training starts.
-    calibration: a Batch, or (prompt, completion) pairs, of the task itself; at most 32 are used.
+    fraction, at_step: when, one or several (points.probe_points). calibration: a Batch, or (prompt,
+    completion) pairs, of the task itself; at most 32 are used, batch_size at a time.
     store_text=False keeps the token ids of the calibration items out of the file.
+    start_step: the step that a resumed run goes on from. distributed=True: every process of
+    torch.distributed calls `step`, each measures a share of the items, rank 0 writes.
     Measuring runs in eval mode on the side: weights, gradients, random state and the modules'
     modes are left as they were.
     """
@@ -68,169 +53,116 @@ class ProbeRecorder:
         calibration: Batch | Sequence[tuple[str, str]] | None = None,
         tokenizer: Any = None,
         warmup_steps: int = 0,
-        fraction: float = 0.05,
-        at_step: int | None = None,
+        fraction: float | Sequence[float] = 0.05,
+        at_step: int | Sequence[int] | None = None,
         store_text: bool = True,
         data_tag: str | None = None,
         seed: int | None = None,
-        resumed: bool = False,
+        start_step: int = 0,
+        batch_size: int = BATCH_SIZE,
+        distributed: bool = False,
     ) -> None:
-        adapted_modules(model)  # refuses here, by name, what cannot be probed
-        self.model, self.path, self.tokenizer = model, Path(path), tokenizer
-        self.planned_steps, self.warmup_steps = planned_steps, warmup_steps
-        self.at = at_step or probe_step(planned_steps, warmup_steps, fraction)
-        self.half = max(1, self.at // 2)
-        self.calibration = calibration
-        self.store_text, self.data_tag, self.seed = store_text, data_tag, seed
+        self.model, self.tokenizer = plain(model), tokenizer
+        check_whole(self.model)
+        adapted_modules(self.model)  # refuses here, by name, what cannot be probed
+        self.points = probe_points(
+            path, planned_steps, warmup=warmup_steps, fraction=fraction, at_step=at_step
+        )
+        self.batch = None if calibration is None else as_batch(calibration, tokenizer)
+        self.batch_size, self.store_text = batch_size, store_text
+        self.meta = {
+            "planned_steps": planned_steps,
+            "warmup_steps": warmup_steps,
+            "data_tag": data_tag,
+            "seed": seed,
+        }
         self.losses: list[tuple[int, float]] = []
         self.learning_rates: list[tuple[int, float]] = []
-        self.done = False
-        self._early: dict[str, Any] = {"init_hash": None, "halfway_step": None}
-        self._halfway: dict[str, torch.Tensor] = {}
-        if resumed:
-            self._restore_early()
-        else:
-            self._early["init_hash"] = init_hash(model)
-            self._keep_early()
+        self.processes = all_processes() if distributed else ALONE
+        self.waiting = [point for point in self.points if point.step > start_step]
+        self._base: BaseSide | None = None
+        self._say_lost(start_step)
+        self._first = self._begin(start_step)
+
+    @property
+    def at(self) -> int:
+        """The step of the last probe point."""
+        return self.points[-1].step
+
+    @property
+    def done(self) -> bool:
+        """Whether no probe point lies ahead any more."""
+        return not self.waiting
 
     @property
     def _early_path(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.early")
+        path = self.points[-1].path
+        return path.with_name(f".{path.name}.early")
 
-    def _keep_early(self) -> None:
-        """What only the first steps can tell is kept beside the probe, for a resumed run."""
-        tensors = self._halfway or {"": torch.zeros(1)}
-        with atomic_file(self._early_path) as temporary:
-            save_file(tensors, temporary, metadata={"early": json.dumps(self._early)})
+    def _say_lost(self, start_step: int) -> None:
+        for point in self.points:
+            if point.step <= start_step and not point.path.exists() and self.processes.writes:
+                warnings.warn(
+                    f"mergeprobe: training goes on from step {start_step}, past the probe point "
+                    f"{point.step}, and '{point.path}' does not exist: it will not be written",
+                    stacklevel=4,
+                )
 
-    def _restore_early(self) -> None:
-        if not self._early_path.exists():
-            return
-        with safe_open(str(self._early_path), framework="pt") as file:
-            self._early = json.loads(file.metadata()["early"])
-            self._halfway = {key: file.get_tensor(key) for key in file.keys() if key}
+    def _begin(self, start_step: int) -> FirstSteps:
+        if self.done or not self.processes.writes:
+            return FirstSteps()
+        if start_step > 0:
+            return read_first_steps(self._early_path)
+        first = FirstSteps(init_hash(self.model))
+        first.keep(self._early_path)
+        return first
 
     def step(self, step: int, loss: float | None = None, lr: float | None = None) -> Probe | None:
-        """Call after every optimizer step (1, 2, …); returns the probe at the probe point."""
+        """Call after every optimizer step (1, 2, …); returns the probe at a probe point."""
         if loss is not None:
             self.losses.append((step, float(loss)))
         if lr is not None:
             self.learning_rates.append((step, float(lr)))
-        if step == self.half and self.half < self.at:
-            self._halfway = {n: sketch_update(n, u) for n, u in current_update(self.model).items()}
-            self._early["halfway_step"] = step
-            self._keep_early()
-        if step == self.at and not self.done:
-            return self.capture(step)
-        return None
+        if self.processes.writes and any(p.half == step < p.step for p in self.waiting):
+            update = current_update(self.model)
+            self._first.halfway[step] = {n: sketch_update(n, u) for n, u in update.items()}
+            self._first.keep(self._early_path)
+        due = [point for point in self.waiting if point.step == step]
+        self.waiting = [point for point in self.waiting if point.step > step]
+        return self._capture(due) if due else None
 
-    def capture(self, step: int) -> Probe:
-        """Measures now and writes the file."""
-        probe = take_probe(
+    def _capture(self, due: Sequence[ProbePoint]) -> Probe | None:
+        """Measures now and writes the files; None on a process that does not write."""
+        task = None
+        if self.batch is not None:
+            task = measure_task(
+                self.model,
+                self.batch,
+                base=self._base,
+                processes=self.processes,
+                batch_size=self.batch_size,
+            )
+            self._base = task.base
+        if not self.processes.writes:
+            return None
+        point = due[0]
+        measured = assemble(
             self.model,
-            name=self.path.stem,
-            calibration=self.calibration,
+            name=point.path.stem,
+            batch=self.batch,
+            task=task,
             tokenizer=self.tokenizer,
-            halfway=self._halfway,
+            halfway=self._first.halfway.get(point.half),
             store_text=self.store_text,
-            step=step,
-            planned_steps=self.planned_steps,
-            warmup_steps=self.warmup_steps,
+            step=point.step,
             losses=[list(pair) for pair in self.losses],
             lr_curve=[list(pair) for pair in self.learning_rates],
-            data_tag=self.data_tag,
-            seed=self.seed,
-            **self._early,
+            init_hash=self._first.init_hash,
+            halfway_step=point.half if point.half in self._first.halfway else None,
+            **self.meta,
         )
-        write_probe(probe, self.path)
-        self._early_path.unlink(missing_ok=True)
-        self.done = True
-        return probe
-
-
-def take_probe(
-    model: Any,
-    *,
-    name: str,
-    calibration: Batch | Sequence[tuple[str, str]] | None = None,
-    tokenizer: Any = None,
-    halfway: dict[str, torch.Tensor] | None = None,
-    store_text: bool = True,
-    **meta: Any,
-) -> Probe:
-    """Measures a PEFT model as it is now. `meta` goes into the provenance."""
-    modules = adapted_modules(model)
-    updates = current_update(model)
-    config = model.peft_config[active_adapter(model)]
-    base_print = fingerprint(model)
-    parts: dict[str, Any] = {}
-    with measuring(model):
-        if calibration is not None:
-            parts |= _measure_task(model, modules, as_batch(calibration, tokenizer), store_text)
-        if tokenizer is not None:
-            parts["drift"] = measure_drift(
-                model, tokenizer, base=model.disable_adapter(), fingerprint=base_print
-            )
-    return Probe(
-        name=name,
-        updates=updates,
-        halfway=halfway or {},
-        weight_norms=weight_norms(model),
-        meta=provenance(
-            base=config.base_model_name_or_path or "",
-            fingerprint=base_print,
-            variant=_variant(config),
-            ranks=sorted({update.r for update in updates.values()}),
-            versions=_versions(),
-            model_type=getattr(model.config, "model_type", None),
-            layers=getattr(model.config, "num_hidden_layers", None),
-            **meta,
-        ),
-        **parts,
-    )
-
-
-def as_batch(items: Batch | Sequence[tuple[str, str]], tokenizer: Any) -> Batch:
-    if not isinstance(items, Batch):
-        if tokenizer is None:
-            raise ProbeError("calibration items are texts, so a tokenizer is needed to read them")
-        items = encode(tokenizer, items)
-    return items.rows(0, CALIBRATION_ITEMS) if len(items) > CALIBRATION_ITEMS else items
-
-
-def _measure_task(
-    model: Any, modules: dict[str, Any], batch: Batch, store_text: bool
-) -> dict[str, Any]:
-    here = record(model, modules, batch)
-    with model.disable_adapter():
-        base = record(model, modules, batch, moments=False)
-        base_loss = item_scores(model, batch).loss
-    ids = batch.ids if store_text else batch.ids[:, :0]
-    return {
-        "gradient": here.mean_gradient(),
-        "gradient_base": base.mean_gradient(),
-        "inputs": here.input_moments(),
-        "outputs": here.output_moments(),
-        "calibration": Calibration(
-            ids=ids.to(torch.int32),
-            attention_mask=batch.attention_mask[:, : ids.shape[1]].to(torch.uint8),
-            completion_mask=batch.completion_mask[:, : ids.shape[1]].to(torch.uint8),
-            base_loss=base_loss.float(),
-            loss=item_scores(model, batch).loss.float(),
-        ),
-    }
-
-
-def _variant(config: Any) -> str:
-    kind = "rslora" if getattr(config, "use_rslora", False) else "lora"
-    return kind + ("+patterns" if config.rank_pattern or config.alpha_pattern else "")
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "mergeprobe": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "python": platform.python_version(),
-    }
+        for point in due:
+            write_probe(replace(measured, name=point.path.stem), point.path)
+        if self.done:
+            self._early_path.unlink(missing_ok=True)
+        return replace(measured, path=due[0].path)

@@ -139,7 +139,7 @@ class Display:
 
     def train(self, job: str, names: list[str], steps: int) -> None:
         from mergeprobe.bench.training import Run
-        from mergeprobe.capture.run import probe_step
+        from mergeprobe.capture.points import probe_step
 
         self.steps = probe_step(steps, Run.warmup_steps) if job == "probe" else steps
         goal = "the probe point, step" if job == "probe" else "the end, step"
