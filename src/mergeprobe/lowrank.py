@@ -1,6 +1,7 @@
 """LowRank: one module's update ΔW = scaling · B A, kept as its factors.
 
-Nothing here forms an (out, in) matrix except `dense()`, which tests and row blocks use.
+Nothing here forms an (out, in) matrix except `dense()`, which tests and row blocks use; `factor`
+and `full_rank` take one.
 Small products are taken in float64: they cost r² entries and cancel often.
 """
 
@@ -15,6 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mergeprobe.errors import AdapterMismatch
+
+# of the randomised SVD of a dense matrix
+OVERSAMPLING, POWER_ITERATIONS, SEED = 10, 2, 0
+# below this side, or for ranks near full, the exact SVD is as fast as the sampled one
+SMALL_SIDE = 160
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +141,50 @@ def truncate(a: LowRank, rank: int) -> tuple[LowRank, float]:
     if kept.r < rank:
         kept = pad(kept, rank)
     return kept, math.sqrt(dropped / total) if total > 0 else 0.0
+
+
+def factor(matrix: Float[Tensor, "out in"], rank: int) -> tuple[LowRank, float]:
+    """A rank-`rank` approximation and its relative Frobenius error, in [0, 1]; 0 for a zero matrix.
+
+    Exact SVD for small matrices; otherwise a randomised range finder with power iterations
+    (arXiv:0909.4061, algorithm 4.4) from a fixed seed, so the result repeats. The error is that of
+    the factors returned, ‖M − BA‖/‖M‖, not a bound. Beyond full rank the components are zeros.
+    """
+    side = min(matrix.shape)
+    if side <= SMALL_SIDE or 2 * (rank + OVERSAMPLING) >= side:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        u, s, vh = _sampled_svd(matrix, rank + OVERSAMPLING)
+    root = s[:rank].sqrt()
+    found = LowRank((u[:, :rank] * root).contiguous(), (root[:, None] * vh[:rank]).contiguous())
+    size = float(torch.linalg.vector_norm(matrix))
+    left = float(torch.linalg.vector_norm(torch.addmm(matrix, found.B, found.A, alpha=-1)))
+    if found.r < rank:
+        found = pad(found, rank)
+    return found, left / size if size > 0 else 0.0
+
+
+def _sampled_svd(
+    matrix: Float[Tensor, "out in"], samples: int
+) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
+    generator = torch.Generator().manual_seed(SEED)
+    start = torch.randn(matrix.shape[1], samples, generator=generator)
+    basis = torch.linalg.qr(matrix @ start.to(matrix)).Q
+    for _ in range(POWER_ITERATIONS):
+        # without a QR after each half step float32 would lose the small directions
+        basis = torch.linalg.qr(matrix.T @ basis).Q
+        basis = torch.linalg.qr(matrix @ basis).Q
+    inside, triangle = torch.linalg.qr(matrix.T @ basis)
+    u, s, vh = torch.linalg.svd(triangle.T, full_matrices=False)
+    return basis @ u, s, vh @ inside.T
+
+
+def full_rank(matrix: Float[Tensor, "out in"]) -> LowRank:
+    """A dense matrix as factors of its own, float32: the identity and the matrix, exact."""
+    dense = matrix.float().contiguous()
+    if dense.shape[0] <= dense.shape[1]:
+        return LowRank(torch.eye(dense.shape[0]).to(dense), dense)
+    return LowRank(dense, torch.eye(dense.shape[1]).to(dense))
 
 
 def pad(a: LowRank, rank: int) -> LowRank:
