@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from mergeprobe.compose.merge.data import ModuleData
-from mergeprobe.compose.merge.factor import factor
 from mergeprobe.compose.merge.recipe import Recipe
+from mergeprobe.compose.merge.recompress import cut, cut_exactly, recompress
 from mergeprobe.compose.merge.spaces import SPACES, as_lowrank
-from mergeprobe.lowrank import LowRank, norm, pad, truncate
+from mergeprobe.lowrank import LowRank, norm, truncate
 
 # the exact merge of one module: factors of a low-rank rule, or a dense float32 (out, in) matrix
 Exact = LowRank | Tensor
@@ -67,23 +67,22 @@ def absent(like: LowRank) -> LowRank:
     return LowRank(like.B[:, :0], like.A[:0])
 
 
-def written(exact: Exact, rank: int | None, exact_rank: int) -> tuple[LowRank, float, float]:
+def written(exact: Exact, recipe: Recipe, exact_rank: int) -> tuple[LowRank, float, float]:
     """(what is written of the exact merge, its relative error, the norm of the exact merge).
 
-    rank: smaller truncates, larger pads with zeros. None keeps a low-rank result exact; a dense
-    one, which has no low rank, is cut to `exact_rank`.
+    The recipe's rank: smaller truncates, larger pads with zeros. None keeps a low-rank result
+    exact; a dense one, which has no low rank, is cut to `exact_rank`.
     """
     if isinstance(exact, Tensor):
-        found, error = factor(exact, rank or exact_rank)
-        return found, error, float(torch.linalg.vector_norm(exact))
-    full = min(exact.shape)
-    size = norm(exact)
-    if rank is None:
-        # more columns than the matrix has rank: recompressing loses nothing
-        found, error = (exact, 0.0) if exact.r <= full else truncate(exact, full)
-    else:
-        found, error = (pad(exact, rank), 0.0) if exact.r <= rank else truncate(exact, rank)
-    return found, error, size
+        into = cut_exactly if recipe.exact_svd else cut
+        return into(exact, recipe.rank or exact_rank)
+    if recipe.rank is not None:
+        return recompress(exact, recipe.rank, exactly=recipe.exact_svd)
+    if exact.r <= min(exact.shape):
+        return exact, 0.0, norm(exact)
+    # more columns than the matrix has rank: recompressing loses nothing
+    found, error = truncate(exact, min(exact.shape))
+    return found, error, norm(exact)
 
 
 def exact_rank(updates: Sequence[LowRank]) -> int:

@@ -18,7 +18,7 @@ class Recipe:
 
     options: the rule's own, defaults filled in. weights: by part of the model (weights.py).
     rank: of what is written, or None for the exact one. space: of SPACES, in
-    which the rule runs. seed: of everything drawn at random.
+    which the rule runs. seed: of everything drawn at random. exact_svd: no sampled SVD.
     """
 
     names: tuple[str, ...]
@@ -28,6 +28,7 @@ class Recipe:
     rank: int | None
     space: str
     seed: int
+    exact_svd: bool = False
 
     @property
     def row(self) -> Method:
@@ -55,6 +56,7 @@ def recipe(
     rank: int | None = None,
     space: str = "full",
     seed: int = 0,
+    exact_svd: bool = False,
 ) -> Recipe:
     """Raises MergeError, in one line, for whatever of it cannot be."""
     row = check_options(method, options)
@@ -69,7 +71,8 @@ def recipe(
     if rank is not None and rank < 1:
         raise MergeError(f"rank is {rank}; expected at least 1, or None to keep the exact rank")
     _check_space(method, row, space)
-    return Recipe(tuple(names), method, {**row.defaults, **options}, given, rank, space, seed)
+    chosen = {**row.defaults, **options}
+    return Recipe(tuple(names), method, chosen, given, rank, space, seed, exact_svd)
 
 
 def _check_space(method: str, row: Method, space: str) -> None:

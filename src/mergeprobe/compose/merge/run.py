@@ -6,20 +6,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mergeprobe.adapters.checkpoint import Adapter, check_same_base, natural, shared_placement
+from mergeprobe.capture.probe import Probe
 from mergeprobe.compose.merge.data import (
     Probes,
     module_data,
     probes_for,
 )
-from mergeprobe.compose.merge.module import absent, exact_merge, exact_rank, written
-from mergeprobe.compose.merge.recipe import recipe
+from mergeprobe.compose.merge.module import Exact, absent, exact_merge, exact_rank, written
+from mergeprobe.compose.merge.recipe import Recipe, recipe
 from mergeprobe.compose.merge.weights import Weights, depth_of, weights_at
-from mergeprobe.errors import AdapterMismatch
+from mergeprobe.errors import AdapterMismatch, MergeError
 from mergeprobe.lowrank import LowRank
 
 
@@ -75,6 +76,7 @@ def merge(
     space: str = "full",
     probes: Probes | None = None,
     seed: int = 0,
+    exact_svd: bool = False,
     name: str = "merged",
     **options: Any,
 ) -> Merged:
@@ -88,7 +90,8 @@ def merge(
     certificate says what was lost. space: "full", or a small space of spaces.SPACES in which the
     rule is carried out. probes: for the rules that need data (METHODS[method].needs), one per
     adapter in their order, or by name. seed: for what is drawn at random, module by module.
-    options: the rule's own (METHODS[method].defaults).
+    exact_svd: cut dense results and long sums by a full SVD, not by a sampled one. options: the
+    rule's own (METHODS[method].defaults).
 
     A module that only some adapters have counts as a zero update in the others. Deterministic.
     Raises MergeError for a rule, weight, rank, option or missing data that cannot be,
@@ -96,19 +99,16 @@ def merge(
     the others.
     """
     names = [adapter.name for adapter in adapters]
-    asked = recipe(names, method, options, weights=weights, rank=rank, space=space, seed=seed)
+    asked = recipe(
+        names, method, options, weights=weights, rank=rank, space=space, seed=seed,
+        exact_svd=exact_svd,
+    )  # fmt: skip
     given = probes_for(method, asked.row.needs, names, probes)
     check_adapters(adapters)
     fingerprint = check_same_base(adapters)
     modules, errors = {}, Errors()
-    names_of_modules = module_names(adapters)
-    depth = depth_of(names_of_modules)
-    for module in names_of_modules:
-        parts = updates_at(adapters, module)
-        held = [module in adapter.modules for adapter in adapters]
-        data = module_data(method, asked.row.needs, module, held, given)
-        exact = exact_merge(asked, module, parts, weights_at(asked.weights, module, depth), data)
-        modules[module], error, size = written(exact, rank, exact_rank(parts))
+    for module, exact, highest in each_module(adapters, asked, given):
+        modules[module], error, size = written(exact, asked, highest)
         errors.add(module, error, size)
     certificate = errors.certificate()
     merged = Adapter(
@@ -120,6 +120,28 @@ def merge(
         card=asked.card() | {"certificate": asdict(certificate)},
     )
     return Merged(merged, certificate)
+
+
+def each_module(
+    adapters: Sequence[Adapter], asked: Recipe, probes: Sequence[Probe]
+) -> Iterator[tuple[str, Exact, int]]:
+    """(module, its exact merge, the rank of that) for one module after the other.
+
+    Raises MergeError where all weights of a module are 0 and the rule needs their ratios.
+    """
+    modules = module_names(adapters)
+    depth = depth_of(modules)
+    for module in modules:
+        updates = updates_at(adapters, module)
+        held = [module in adapter.modules for adapter in adapters]
+        data = module_data(asked.method, asked.row.needs, module, held, probes)
+        weights = weights_at(asked.weights, module, depth)
+        if asked.row.weights == "ratios" and not any(weights):
+            raise MergeError(
+                f"all weights of '{module}' are 0, but '{asked.method}' needs their ratios; "
+                "raise one above 0"
+            )
+        yield module, exact_merge(asked, module, updates, weights, data), exact_rank(updates)
 
 
 def module_names(adapters: Sequence[Adapter]) -> list[str]:
