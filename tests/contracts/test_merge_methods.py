@@ -5,13 +5,17 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from merge_oracles import ORACLES
 
 from mergeprobe.adapters.checkpoint import Adapter
+from mergeprobe.capture.probe import Moment, Probe
 from mergeprobe.compose.merge import METHODS, merge
 from mergeprobe.compose.merge.methods import ALL, COPIES, GAUGE, IDENTITY, PERMUTATION
-from mergeprobe.lowrank import LowRank
+from mergeprobe.compose.merge.module import module_generator
+from mergeprobe.lowrank import LowRank, truncate
 
-OUT, INTO = 12, 10
+# wide enough that tsv_m keeps all of the adapters below
+OUT, INTO = 24, 20
 
 
 def update(seed, r=3, scaling=2.0):
@@ -39,72 +43,66 @@ def distance(merged, expected):
     return float(np.sqrt(lost / sum(np.square(e).sum() for e in expected.values())))
 
 
+def probe(adapter):
+    """What a probe of this adapter would know of its data: the same for the same name."""
+    sides = {"inputs": {}, "outputs": {}}
+    for module in adapter.modules:
+        for side, size in (("inputs", INTO), ("outputs", OUT)):
+            seed = sum(map(ord, f"{adapter.name} {module} {side}"))
+            factor = torch.randn(size, 6, generator=torch.Generator().manual_seed(seed))
+            sides[side][module] = Moment(factor, 0.3)
+    return Probe(adapter.name, adapter.modules, **sides)
+
+
+def merged_by(name, adapters, **kwargs):
+    if METHODS[name].needs:
+        kwargs["probes"] = [probe(a) for a in adapters]
+    return merge(adapters, name, **kwargs)
+
+
 def exactly(adapters, name, **kwargs):
     """The rule without truncation: entry-wise results have full rank."""
-    return merge(adapters, name, rank=OUT if METHODS[name].kind == "entrywise" else None, **kwargs)
-
-
-# ---- the rules again, dense, in float64, entry by entry where that is what the paper says
-
-
-def oracle_norm_preserving(stack):
-    mean = stack.mean(axis=0)
-    return mean * np.mean([np.linalg.norm(w) for w in stack]) / np.linalg.norm(mean)
-
-
-def oracle_ties(stack, density=0.2):
-    trimmed = np.zeros_like(stack)
-    for kept, whole in zip(trimmed, stack, strict=True):
-        order = np.argsort(-np.abs(whole), axis=None)[: round(density * whole.size)]
-        kept.flat[order] = whole.flat[order]
-    merged = np.zeros(stack.shape[1:])
-    for place in itertools.product(*map(range, merged.shape)):
-        column = trimmed[(slice(None), *place)]
-        agree = column[np.sign(column) * np.sign(column.sum()) > 0]
-        merged[place] = agree.mean() if agree.size else 0.0
-    return merged
-
-
-def oracle_svc(stack, alpha=0.1):
-    u, s, vh = np.linalg.svd(stack.sum(axis=0), full_matrices=False)
-    for r in range(len(s)):
-        whole = u[:, r] @ stack.sum(axis=0)
-        counted = 0.0
-        for one in stack:
-            response = u[:, r] @ one
-            size = response @ response
-            counted += max(alpha, whole @ response / size if size > 1e-12 else 0.0)
-        s[r] *= len(stack) / counted
-    return u @ np.diag(s) @ vh
-
-
-ORACLES = {
-    "mean": lambda stack: stack.mean(axis=0),
-    "linear": lambda stack: stack.mean(axis=0),
-    "sum": lambda stack: stack.sum(axis=0),
-    "norm_preserving_mean": oracle_norm_preserving,
-    "ties": oracle_ties,
-    "svc": oracle_svc,
-}
+    rank = OUT if METHODS[name].kind == "entrywise" else None
+    return merged_by(name, adapters, rank=rank, **kwargs)
 
 
 def expected(adapters, name):
-    parts = [dense(a) for a in adapters]
+    """The oracle's merge of every module, by the numbers and the data that merge itself gets."""
+    parts, row = [dense(a) for a in adapters], METHODS[name]
     zero = np.zeros((OUT, INTO))
-    modules = {m for part in parts for m in part}
-    return {m: ORACLES[name](np.stack([p.get(m, zero) for p in parts])) for m in modules}
+    found = {}
+    for module in {m for part in parts for m in part}:
+        stack = np.stack([part.get(module, zero) for part in parts])
+        given = {}
+        if row.seeded:
+            generator = module_generator(0, module)
+            given["draws"] = np.stack(
+                [torch.rand(OUT, INTO, generator=generator).double().numpy() for _ in parts]
+            )
+        if row.needs:
+            data = [probe(a) for a in adapters]
+            for side in ("inputs", "outputs"):
+                held = [getattr(one, side).get(module) for one in data]
+                given[side] = [None if m is None else m.dense().numpy() for m in held]
+        found[module] = ORACLES[name](stack, **given)
+    return found
+
+
+# a search finds weights for a linear merge, by a model: tests/test_merge_search.py
+RULES = [name for name, row in METHODS.items() if row.kind != "search"]
+SEEDED = [name for name in RULES if METHODS[name].seeded]
 
 
 def claim(keeps):
-    return [name for name, row in METHODS.items() if keeps in row.keeps]
+    return [name for name in RULES if keeps in METHODS[name].keeps]
 
 
 def test_every_method_has_an_oracle_and_claims_only_known_properties():
-    assert ORACLES.keys() == METHODS.keys()
+    assert ORACLES.keys() == set(RULES)
     assert all(row.keeps <= ALL for row in METHODS.values())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RULES)
 def test_unequal_ranks_agree_with_the_dense_rule(name):
     adapters = [adapter(1, (1, 4)), adapter(2, (3, 3), scaling=0.5), adapter(3, (2, 1))]
     merged = exactly(adapters, name)
@@ -112,7 +110,7 @@ def test_unequal_ranks_agree_with_the_dense_rule(name):
     assert merged.certificate.total < 1e-5
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RULES)
 def test_a_module_that_only_some_have_is_a_zero_update_elsewhere(name):
     adapters = [adapter(1, (2, 3, 2)), adapter(2, (3,)), adapter(3, (1, 2))]
     merged = exactly(adapters, name)
@@ -156,12 +154,12 @@ def test_merging_copies_of_one_adapter_gives_it_back(name, copies):
 def test_merging_one_adapter_of_weight_one_is_the_identity(name, scaling):
     one = adapter(1, scaling=scaling)
     weights = None if METHODS[name].weights == "fixed" else [1.0]
-    merged = exactly([one], name, weights=weights)
+    merged = merged_by(name, [one], weights=weights)
     assert distance(merged, dense(one)) < METHODS[name].tolerance
     assert merged.adapter.parameters == one.parameters
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RULES)
 def test_what_a_rule_does_not_keep_it_really_does_not(name):
     one, row = adapter(1), METHODS[name]
     if COPIES not in row.keeps:
@@ -170,7 +168,7 @@ def test_what_a_rule_does_not_keep_it_really_does_not(name):
         assert distance(exactly([one], name), dense(one)) > 0.1
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RULES)
 def test_bf16_merges_as_its_float32_values_do(name):
     def cast(a, *dtypes):
         modules = a.modules
@@ -186,19 +184,55 @@ def test_bf16_merges_as_its_float32_values_do(name):
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RULES)
 def test_the_result_repeats_bit_for_bit(name, rank):
     adapters = [adapter(1), adapter(2)]
-    one, two = (merge(adapters, name, rank=rank).adapter.modules for _ in range(2))
+    one, two = (merged_by(name, adapters, rank=rank).adapter.modules for _ in range(2))
     for module in one:
         assert torch.equal(one[module].B, two[module].B)
         assert torch.equal(one[module].A, two[module].A)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SEEDED)
+def test_another_seed_draws_anew_and_the_same_seed_the_same(name):
+    adapters = [adapter(1), adapter(2)]
+    one, same, other = (dense(exactly(adapters, name, seed=s).adapter) for s in (1, 1, 2))
+    for module in one:
+        assert (one[module] == same[module]).all()
+        assert not np.allclose(one[module], other[module])
+
+
+# what is linear in the updates, so that the coordinates do not matter
+LINEAR = ["mean", "linear", "sum", "norm_preserving_mean", "slerp"]
+# what depends on spectra and inner products alone, which orthonormal coordinates keep
+SPECTRAL = ["svc", "pico", "iso_c", "iso_cts", "wudi_exact", "core_isolation_lowrank"]
+
+
+@pytest.mark.parametrize("space", ["knots", "core"])
+@pytest.mark.parametrize("name", LINEAR + SPECTRAL)
+def test_rules_without_entries_agree_in_every_space(name, space):
+    adapters = [adapter(1, (1, 4)), adapter(2, (3, 3), scaling=0.5), adapter(3, (2,))]
+    whole = exactly(adapters, name)
+    inside = exactly(adapters, name, space=space)
+    assert distance(inside, dense(whole.adapter)) < METHODS[name].tolerance
+
+
+@pytest.mark.parametrize("space", ["knots", "core"])
+@pytest.mark.parametrize("name", [n for n in RULES if not METHODS[n].needs])
+def test_every_rule_without_data_runs_in_every_space_whatever_the_factorisation(name, space):
+    adapters = [adapter(1), adapter(2, (3, 1))]
+    again = []
+    for a in adapters:
+        modules = {module: truncate(u, u.r)[0] for module, u in a.modules.items()}
+        again.append(Adapter(a.name, modules, base=a.base))
+    one, other = (exactly(given, name, space=space) for given in (adapters, again))
+    assert distance(other, dense(one.adapter)) < 10 * METHODS[name].tolerance
+
+
+@pytest.mark.parametrize("name", RULES)
 def test_the_certificate_is_the_error_of_the_truncation(name):
     adapters = [adapter(1), adapter(2, (4, 1))]
-    merged = merge(adapters, name, rank=2)
+    merged = merged_by(name, adapters, rank=2)
     exact = expected(adapters, name)
     assert {u.r for u in merged.adapter.modules.values()} == {2}
     assert merged.certificate.total == pytest.approx(distance(merged, exact), rel=1e-4)

@@ -13,9 +13,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mergeprobe.compose.merge.balance import pcb
+from mergeprobe.compose.merge.drop import dare_linear, dare_ties, della, della_linear
+from mergeprobe.compose.merge.isolation import core_isolation, core_isolation_lowrank
 from mergeprobe.compose.merge.linear import linear, norm_preserving_mean, total
+from mergeprobe.compose.merge.routing import ssr
 from mergeprobe.compose.merge.sign import ties
-from mergeprobe.compose.merge.spectral import svc
+from mergeprobe.compose.merge.spectral import iso_c, iso_cts, pico, svc, tsv_m
+from mergeprobe.compose.merge.spherical import slerp
+from mergeprobe.compose.merge.trim import breadcrumbs, magnitude_prune
+from mergeprobe.compose.merge.units import lora_lego, robust_merge
+from mergeprobe.compose.merge.wudi import wudi, wudi_exact
 
 # what a rule keeps with its default options; the contract test checks each claim
 PERMUTATION = "permutation"  # the order of the adapters does not matter
@@ -98,5 +106,180 @@ METHODS: dict[str, Method] = {
         "arXiv:2602.05536",
         defaults={"alpha": 0.1},
         uniform="1",
+    ),
+    "slerp": Method(
+        slerp,
+        "lowrank",
+        "the mean direction on the sphere, as long as the mean of the norms",
+        "doi:10.1145/325165.325242",
+        weights="ratios",
+    ),
+    "magnitude_prune": Method(
+        magnitude_prune,
+        "entrywise",
+        "the largest entries of each update, added",
+        "PEFT",
+        defaults={"density": 0.5},
+        keeps=frozenset({PERMUTATION, GAUGE}),  # trimmed
+        tolerance=1e-3,  # tied entries, as for ties
+    ),
+    "breadcrumbs": Method(
+        breadcrumbs,
+        "entrywise",
+        "the entries of middling magnitude of each update, added",
+        "arXiv:2312.06795",
+        defaults={"density": 0.09, "gamma": 0.01},
+        keeps=frozenset({PERMUTATION, GAUGE}),  # trimmed
+        tolerance=1e-3,  # tied entries, as for ties
+    ),
+    "dare_linear": Method(
+        dare_linear,
+        "entrywise",
+        "entries dropped at random and the rest rescaled, then added",
+        "arXiv:2311.03099",
+        defaults={"density": 0.5},
+        keeps=frozenset({GAUGE}),  # another order, other draws
+        seeded=True,
+    ),
+    "dare_ties": Method(
+        dare_ties,
+        "entrywise",
+        "entries dropped at random, signs elected, those that agree averaged",
+        "arXiv:2311.03099",
+        defaults={"density": 0.5},
+        weights="ratios",
+        keeps=frozenset({GAUGE}),  # another order, other draws
+        seeded=True,
+    ),
+    "della": Method(
+        della,
+        "entrywise",
+        "small entries dropped more often, signs elected, those that agree averaged",
+        "arXiv:2406.11617",
+        defaults={"density": 0.5, "epsilon": 0.15},
+        weights="ratios",
+        keeps=frozenset({GAUGE}),  # another order, other draws
+        tolerance=1e-3,  # tied entries, as for ties
+        seeded=True,
+    ),
+    "della_linear": Method(
+        della_linear,
+        "entrywise",
+        "small entries dropped more often and the rest rescaled, then added",
+        "arXiv:2406.11617",
+        defaults={"density": 0.5, "epsilon": 0.15},
+        keeps=frozenset({GAUGE}),  # another order, other draws
+        tolerance=1e-3,  # tied entries, as for ties
+        seeded=True,
+    ),
+    "pcb": Method(
+        pcb,
+        "entrywise",
+        "a mean of entries by their standing within and between adapters",
+        "arXiv:2410.02396",
+        defaults={"density": 0.1},
+        uniform="1",
+        keeps=frozenset({PERMUTATION, GAUGE}),  # trimmed
+        tolerance=1e-4,
+    ),
+    "lora_lego": Method(
+        lora_lego,
+        "lowrank",
+        "rank-one units of all adapters, clustered into the units of the merge",
+        "arXiv:2409.16167",
+        defaults={"units": 0},
+        weights="ratios",
+    ),
+    "robust_merge": Method(
+        robust_merge,
+        "lowrank",
+        "rank-one units pruned, what a direction lost made up for, added",
+        "arXiv:2502.17159",
+        defaults={"density": 0.2, "share": 0.2, "scale": 4.0},
+        uniform="1",
+        keeps=frozenset({PERMUTATION, GAUGE}),  # trimmed, and 4 times as long
+        tolerance=1e-3,  # tied entries, as for ties
+    ),
+    "tsv_m": Method(
+        tsv_m,
+        "lowrank",
+        "singular vectors of all updates made orthogonal to each other, then summed",
+        "arXiv:2412.00081",
+        defaults={"scale": 1.0},
+        uniform="1",
+    ),
+    "iso_c": Method(
+        iso_c,
+        "lowrank",
+        "the sum with all singular values equal",
+        "arXiv:2502.04959",
+        defaults={"scale": 1.0},
+        uniform="1",
+        keeps=frozenset({PERMUTATION, GAUGE}),  # flattens the spectrum of one adapter too
+    ),
+    "iso_cts": Method(
+        iso_cts,
+        "lowrank",
+        "directions of the sum and of each adapter alone, all singular values equal",
+        "arXiv:2502.04959",
+        defaults={"common": 0.8, "scale": 1.0},
+        uniform="1",
+        keeps=frozenset({PERMUTATION, GAUGE}),  # flattens the spectrum of one adapter too
+    ),
+    "pico": Method(
+        pico,
+        "lowrank",
+        "the mean after scaling down over-shared output directions, norm restored",
+        "arXiv:2604.16826",
+        weights="ratios",
+        # copies share every direction, the leading ones most: those are scaled down
+        keeps=ALL - {COPIES},
+    ),
+    "wudi": Method(
+        wudi,
+        "entrywise",
+        "the sum, moved by Adam to do on each update's own rows what that update does",
+        "arXiv:2503.08099",
+        defaults={"steps": 300, "learning_rate": 1e-5},
+        weights="fixed",
+        uniform="1",
+        keeps=ALL - {COPIES},  # the sum of copies moves only 300 small steps towards one
+        # Adam divides by the gradient's size: where that is rounding, so is the step
+        tolerance=1e-4,
+    ),
+    "wudi_exact": Method(
+        wudi_exact,
+        "lowrank",
+        "the merge that does best on each update's own rows what that update does",
+        "arXiv:2503.08099",
+        weights="ratios",
+        tolerance=1e-4,
+    ),
+    "ssr": Method(
+        ssr,
+        "lowrank",
+        "all adapters side by side, their signals told apart by least squares on task inputs",
+        "arXiv:2606.10617",
+        defaults={"ridge": 1e-4},
+        weights="ratios",
+        tolerance=1e-3,  # the ridge pulls copies towards zero
+        needs=("inputs",),
+    ),
+    "core_isolation": Method(
+        core_isolation,
+        "entrywise",
+        "each update's largest entries kept as they are, the rest blended by slerp",
+        "arXiv:2508.21741",
+        defaults={"core": 0.01, "threshold": 0.1},
+        weights="ratios",
+        tolerance=1e-3,  # tied entries, as for ties
+    ),
+    "core_isolation_lowrank": Method(
+        core_isolation_lowrank,
+        "lowrank",
+        "each update's largest component kept as it is, the rest blended and kept off them",
+        "a variant of arXiv:2508.21741",
+        defaults={"components": 1},
+        weights="ratios",
     ),
 }

@@ -1,0 +1,121 @@
+"""Rules that drop entries at random and rescale the rest, so that the expectation stays.
+
+Every draw comes from the generator that the caller hands over, one number for each entry, update
+after update: other orders of the same adapters are other draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mergeprobe.compose.merge.sign import agreeing_mean
+from mergeprobe.errors import MergeError
+
+
+def dare_linear(
+    updates: Float[Tensor, "n out in"],
+    weights: Float[Tensor, " n"],
+    *,
+    generator: torch.Generator,
+    density: float = 0.5,
+) -> Float[Tensor, "out in"]:
+    """DARE: each entry kept with probability `density` and divided by it; then Σ wᵢ ΔWᵢ.
+
+    density in (0, 1]. Its expectation is `linear`. Source: arXiv:2311.03099, which drops 50 to
+    99 %, on full-model updates; low-rank updates are far from sparse, and one draw is noise of
+    relative size √((1 − density)/density).
+    """
+    merged = torch.zeros_like(updates[0])
+    for kept, weight in zip(dropped(updates, density, generator), weights, strict=True):
+        merged.add_(kept, alpha=float(weight))
+    return merged
+
+
+def dare_ties(
+    updates: Float[Tensor, "n out in"],
+    weights: Float[Tensor, " n"],
+    *,
+    generator: torch.Generator,
+    density: float = 0.5,
+) -> Float[Tensor, "out in"]:
+    """DARE, then TIES' election of signs and mean of those that agree, without its trimming.
+
+    density in (0, 1]. Only the ratios of the weights matter. Source: arXiv:2311.03099 with
+    arXiv:2306.01708.
+    """
+    weighted = torch.stack(list(dropped(updates, density, generator)))
+    return agreeing_mean(weighted.mul_(weights[:, None, None]), weights)
+
+
+def della(
+    updates: Float[Tensor, "n out in"],
+    weights: Float[Tensor, " n"],
+    *,
+    generator: torch.Generator,
+    density: float = 0.5,
+    epsilon: float = 0.15,
+) -> Float[Tensor, "out in"]:
+    """DELLA: larger entries of a row are kept more often; then signs are elected, as in TIES.
+
+    The chance to stay rises with an entry's magnitude rank in its row, evenly from density −
+    epsilon to density + epsilon, both in (0, 1]; what stays is divided by its chance. Only the
+    ratios of the weights matter. Source: arXiv:2406.11617. Ours differs: epsilon is half the
+    range of the chances, as mergekit has it; the paper's ε is all of it.
+    """
+    weighted = torch.stack(list(dropped_by_rank(updates, density, epsilon, generator)))
+    return agreeing_mean(weighted.mul_(weights[:, None, None]), weights)
+
+
+def della_linear(
+    updates: Float[Tensor, "n out in"],
+    weights: Float[Tensor, " n"],
+    *,
+    generator: torch.Generator,
+    density: float = 0.5,
+    epsilon: float = 0.15,
+) -> Float[Tensor, "out in"]:
+    """DELLA's dropping, then Σ wᵢ ΔWᵢ: no signs are elected. Its expectation is `linear`.
+
+    Options and source as for `della`.
+    """
+    merged = torch.zeros_like(updates[0])
+    kept = dropped_by_rank(updates, density, epsilon, generator)
+    for update, weight in zip(kept, weights, strict=True):
+        merged.add_(update, alpha=float(weight))
+    return merged
+
+
+def dropped(
+    updates: Float[Tensor, "n out in"], density: float, generator: torch.Generator
+) -> Iterator[Float[Tensor, "out in"]]:
+    """Each update with entries dropped at one rate, rescaled by 1/density."""
+    if not 0 < density <= 1:
+        raise MergeError(f"density is {density}; expected the chance to keep, in (0, 1]")
+    for update in updates:
+        yield update * _kept(torch.full_like(update, density), generator).div_(density)
+
+
+def dropped_by_rank(
+    updates: Float[Tensor, "n out in"], density: float, epsilon: float, generator: torch.Generator
+) -> Iterator[Float[Tensor, "out in"]]:
+    """Each update with entries dropped by their magnitude rank in the row, rescaled."""
+    if not (epsilon >= 0 and density - epsilon > 0 and density + epsilon <= 1):
+        raise MergeError(
+            f"density {density} with epsilon {epsilon} gives chances to keep of "
+            f"{density - epsilon:g} to {density + epsilon:g}; expected them in (0, 1]"
+        )
+    for update in updates:
+        rank = update.abs().argsort(dim=1).argsort(dim=1)
+        steps = max(1, update.shape[1] - 1)
+        chance = rank.to(update).mul_(2 * epsilon / steps).add_(density - epsilon)
+        yield update * _kept(chance, generator).div_(chance)
+
+
+def _kept(chance: Float[Tensor, "out in"], generator: torch.Generator) -> Float[Tensor, "out in"]:
+    """1 where a fresh uniform number falls below the chance, else 0."""
+    draw = torch.rand(chance.shape, generator=generator, device=generator.device)
+    return torch.sub(chance, draw.to(chance)).clamp_(min=0).sign_()

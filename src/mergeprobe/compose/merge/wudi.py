@@ -1,0 +1,79 @@
+"""WUDI: the merge should do on each update's own rows what that update does there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mergeprobe.compose.merge.spaces import core_coordinates
+from mergeprobe.errors import MergeError
+from mergeprobe.lowrank import LowRank
+
+# directions whose share of Σ ΔWᵢᵀΔWᵢ/‖ΔWᵢ‖² is below this are left out of its inverse
+GRAM_FLOOR = 1e-8
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+
+
+def wudi(
+    updates: Float[Tensor, "n out in"],
+    weights: Float[Tensor, " n"],
+    *,
+    steps: float = 300,
+    learning_rate: float = 1e-5,
+) -> Float[Tensor, "out in"]:
+    """WUDI: from the sum, Adam on Σᵢ ‖(M − ΔWᵢ) ΔWᵢᵀ‖² / ‖ΔWᵢ‖², data-free.
+
+    An update's own rows stand for the inputs of its task. steps: a whole number from 0;
+    learning_rate: above 0, in units of the entries (Adam moves each by about that much a step, so
+    how far M gets depends on the updates' scale). Weights are not taken. Source: arXiv:2503.08099,
+    whose rule, optimiser and defaults these are; `wudi_exact` is where it is heading.
+    """
+    if steps < 0 or steps != int(steps) or not learning_rate > 0:
+        raise MergeError(
+            f"steps {steps} and learning_rate {learning_rate} do not fit; expected a whole "
+            "number from 0 and a rate above 0"
+        )
+    merged = updates.sum(dim=0)
+    sizes = updates.square().sum(dim=(1, 2))
+    tall = updates.shape[1] > updates.shape[2]
+    moment, energy = torch.zeros_like(merged), torch.zeros_like(merged)
+    for step in range(1, int(steps) + 1):
+        gradient = torch.zeros_like(merged)
+        for update, size in zip(updates, sizes, strict=True):
+            if size == 0:
+                continue
+            left = merged - update
+            # the cheaper order of (M − ΔW) ΔWᵀ ΔW
+            pushed = left @ (update.T @ update) if tall else (left @ update.T) @ update
+            gradient.add_(pushed, alpha=float(2 / size))
+        moment.lerp_(gradient, 1 - BETA_1)
+        energy.lerp_(gradient.square(), 1 - BETA_2)
+        root = (energy / (1 - BETA_2**step)).sqrt_().add_(EPSILON)
+        merged.addcdiv_(moment, root, value=-learning_rate / (1 - BETA_1**step))
+    return merged
+
+
+def wudi_exact(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """The minimum of WUDI's loss in closed form: (Σ wᵢ ΔWᵢ Gᵢ)(Σ wᵢ Gᵢ)⁺, Gᵢ = ΔWᵢᵀΔWᵢ/‖ΔWᵢ‖².
+
+    It is RegMean with the updates' own rows for inputs. Each Gᵢ lies in the core space, so no ΔW is
+    formed. Only the ratios of the weights matter, at least 0 each. A zero update asks for nothing.
+    Loss: arXiv:2503.08099. Ours differs: the exact minimum (nearest to zero outside the updates'
+    rows) instead of 300 steps towards it.
+    """
+    if min(weights) < 0:
+        raise MergeError(f"a weight is {min(weights):g}; wudi_exact needs weights from 0 up")
+    left, right, matrices = core_coordinates(updates)
+    target = torch.zeros_like(matrices[0])
+    gram = target.T @ target
+    for matrix, weight in zip(matrices, weights, strict=True):
+        size = float(matrix.square().sum())
+        if size > 0:
+            own = matrix.T @ matrix * (weight / size)
+            target += matrix @ own
+            gram += own
+    solved = target @ torch.linalg.pinv(gram, rtol=GRAM_FLOOR, hermitian=True)
+    return LowRank((left @ solved).float(), right.float())
