@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mergeprobe.adapters.adapter import (
@@ -22,9 +22,10 @@ from mergeprobe.adapters.adapter import (
     natural,
     refuse_degenerate,
 )
+from mergeprobe.adapters.tensor_file import Planned, write_tensors
 from mergeprobe.artefact import MADE_BY, atomic_folder, sha256
 from mergeprobe.errors import AdapterError
-from mergeprobe.lowrank import pad
+from mergeprobe.lowrank import LowRank, pad
 
 
 def write_adapter(
@@ -47,7 +48,7 @@ def write_adapter(
     tensors = _factors(adapter, dtype) | _extras(adapter, dtype)
     config = _config(adapter)
     with atomic_folder(path, force=force) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
         _write_text(folder / CONFIG, config)
         full_card: dict[str, Any] = {
             "schema": CARD_SCHEMA,
@@ -61,28 +62,34 @@ def write_adapter(
     return Path(path)
 
 
-def _factors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
+def _factors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Planned]:
     rank = _rank(adapter)
     tensors = {}
     for module, update in adapter.modules.items():
-        out, into = pad(update, rank).folded()
-        for side, factor in (("A", into), ("B", out)):
-            stored = _cast(factor, dtype, f"lora_{side} of '{module}' in '{adapter.name}'")
-            tensors[f"{PREFIX}{module}.lora_{side}.weight"] = stored
+        for side, shape in (("A", (rank, update.shape[1])), ("B", (update.shape[0], rank))):
+            what = f"lora_{side} of '{module}' in '{adapter.name}'"
+            make = partial(_factor, update, side, rank, dtype, what)
+            tensors[f"{PREFIX}{module}.lora_{side}.weight"] = Planned(shape, dtype, make)
     return tensors
 
 
-def _extras(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
+def _factor(update: LowRank, side: str, rank: int, dtype: torch.dtype, what: str) -> Tensor:
+    out, into = pad(update, rank).folded()
+    return _cast(into if side == "A" else out, dtype, what)
+
+
+def _extras(adapter: Adapter, dtype: torch.dtype) -> dict[str, Planned]:
     tensors = {}
     for name, value in adapter.extras.items():
         module, _, last = name.rpartition(".")
         inside = f"{module}.base_layer.{last}" if module in adapter.modules else name
-        tensors[PREFIX + inside] = _cast(value, dtype, f"'{name}' in '{adapter.name}'")
+        make = partial(_cast, value, dtype, f"'{name}' in '{adapter.name}'")
+        tensors[PREFIX + inside] = Planned(tuple(value.shape), dtype, make)
     return tensors
 
 
 def _cast(value: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    stored = value.to(dtype).contiguous().clone()
+    stored = value.to(dtype)
     if not bool(torch.isfinite(stored).all()):
         raise AdapterError(f"{what} overflows {dtype}; write it in float32")
     return stored
