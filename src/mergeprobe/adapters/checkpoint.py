@@ -7,7 +7,7 @@ whole fine-tuned model is read against its base (`finetuned.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,14 @@ from mergeprobe.adapters.adapter import (
 )
 from mergeprobe.adapters.base import Base
 from mergeprobe.adapters.extras import ASK, saved_linears, trained_extras
-from mergeprobe.adapters.finetuned import finetuned_update, is_model_folder
+from mergeprobe.adapters.finetuned import finetuned_contents, is_model_folder
 from mergeprobe.adapters.refusals import refuse_unreadable
-from mergeprobe.adapters.stored import FLOATS, Stored
-from mergeprobe.adapters.variants import PEFT_TYPES, PeftType, Update, kind_of
+from mergeprobe.adapters.stored import FLOATS, Contents, Stored
+from mergeprobe.adapters.variants import PEFT_TYPES, PeftType, kind_of
 from mergeprobe.adapters.weights import BaseWeights
 from mergeprobe.adapters.write import write_adapter
 from mergeprobe.artefact import check_schema, read_json, sha256
 from mergeprobe.errors import AdapterError, AdapterMismatch
-from mergeprobe.lowrank import LowRank, factor, full_rank, truncate
 
 __all__ = [
     "CARD",
@@ -49,13 +48,13 @@ __all__ = [
     "WEIGHTS",
     "Adapter",
     "check_same_base",
+    "contents_of",
     "is_zero",
     "natural",
     "read_adapter",
     "read_tensors",
     "refuse_degenerate",
     "shared_placement",
-    "updates_of",
     "write_adapter",
 ]
 
@@ -85,48 +84,48 @@ def read_adapter(
         raise AdapterError(f"'{folder}' cannot be read at rank {rank}; the smallest is 1")
     if not folder.is_dir():
         raise AdapterError(f"'{folder}' is not a folder; expected a PEFT adapter with {CONFIG}")
-    known = None if base is None else BaseWeights.of(base)
+    weights = None if base is None else BaseWeights.of(base)
+    config, card = {}, {}
     if is_model_folder(folder):
-        config, card = {}, {}
-        found, kept = finetuned_update(folder, known)
-        base_name = "" if known is None else known.name
+        contents = finetuned_contents(folder, weights, rank)
+        named = base.name if isinstance(base, Base) else base
+        base_name = str(named) if isinstance(named, str | Path) else ""
     else:
         config, card = _read_config(folder), _read_card(folder)
-        _check_base(folder, card, known)
-        tensors = read_tensors(folder / WEIGHTS)
-        found, kept = updates_of(tensors, config, folder, known, extras=extras)
+        _check_base(folder, card, weights)
         base_name = str(config.get("base_model_name_or_path") or "")
-    if kept and not extras:
-        raise AdapterError(f"'{folder}' also trained '{next(iter(kept))}': {ASK}")
-    modules, lost = _compact(found, rank)
+        tensors = read_tensors(folder / WEIGHTS)
+        contents = contents_of(tensors, config, folder, weights, rank=rank, extras=extras)
+        if contents.widened:  # its own placement would miss what is now an update or a value
+            config = {key: value for key, value in config.items() if key not in PLACEMENT}
+    if contents.extras and not extras:
+        raise AdapterError(f"'{folder}' also trained '{next(iter(contents.extras))}': {ASK}")
     adapter = Adapter(
         name=name or folder.resolve().name,
-        modules=modules,
+        modules={module: contents.modules[module] for module in _sorted(contents.modules)},
         base=base_name,
         fingerprint=card.get("base_fingerprint"),
         config=config,
         card=card,
         path=folder,
-        extras=kept,
-        truncation=lost,
+        extras=contents.extras,
+        truncation=contents.truncation,
     )
     if strict:
         refuse_degenerate(adapter)
     return adapter
 
 
-def updates_of(
+def contents_of(
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
     folder: Path,
     base: BaseWeights | None,
     *,
+    rank: int | None = None,
     extras: bool = False,
-) -> tuple[dict[str, Update], dict[str, Tensor]]:
-    """(module -> ΔW, extras) from a PEFT state dict and its config; `folder` is for messages.
-
-    ΔW is a LowRank where the type has low rank, else a float64 matrix.
-    """
+) -> Contents:
+    """Updates and extras from a PEFT state dict and its config; `folder` is for messages."""
     refuse_unreadable(config, folder, extras=extras or base is not None)
     row = PEFT_TYPES[kind_of(config)]
     if row.base and base is None:
@@ -140,20 +139,20 @@ def updates_of(
             f"'{folder / WEIGHTS}' holds '{next(iter(rest))}', which is no LoRA factor "
             f"(trained embeddings, biases and saved modules are refused; {ASK})"
         )
-    kept = trained_extras(rest, config, folder, base)
-    linears = {} if base is None else saved_linears(kept, groups, base, folder)
-    kept = {key: value for key, value in kept.items() if key.rpartition(".")[0] not in linears}
-    found: dict[str, Update] = {}
-    names = tuple(sorted(groups, key=natural))
-    for module in names:
-        stored = Stored(folder, module, groups[module], config, shared, names, base)
-        found[module] = row.read(stored)
+    contents = Contents(rank, extras=trained_extras(rest, config, folder, base))
+    contents.widened = bool(contents.extras)
+    if base is not None:
+        for module, update in saved_linears(contents.extras, groups, base, folder):
+            contents.add(module, update)
+            del contents.extras[f"{module}.weight"]
+    for module in groups:
+        stored = Stored(folder, module, groups[module], config, shared, tuple(groups), base)
+        contents.add(module, row.read(stored))
         if row.biases and (bias := row.biases(stored)) is not None:
-            kept[f"{module}.bias"] = bias
-    if not found and not linears:
+            contents.extras[f"{module}.bias"] = bias
+    if not groups and not contents.modules:
         raise AdapterError(f"'{folder / WEIGHTS}' holds no {row.name} factors")
-    found |= linears
-    return {module: found[module] for module in sorted(found, key=natural)}, kept
+    return contents
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -246,21 +245,5 @@ def _split(
     return groups, shared, rest
 
 
-def _compact(
-    found: dict[str, Update], rank: int | None
-) -> tuple[dict[str, LowRank], dict[str, float]]:
-    """Factors for every update, truncated where a rank was asked for, and what that lost."""
-    modules: dict[str, LowRank] = {}
-    lost: dict[str, float] = {}
-    for module in list(found):
-        update = found.pop(module)  # a full-rank update is a whole weight: held once
-        if isinstance(update, LowRank):
-            modules[module] = update
-            if rank is not None and update.r > rank:
-                modules[module], lost[module] = truncate(update, rank)
-        elif rank is None or rank >= min(update.shape):
-            modules[module] = full_rank(update)
-        else:
-            cut, lost[module] = factor(update, rank)
-            modules[module] = cut.to(FLOATS[0])
-    return modules, lost
+def _sorted(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=natural)

@@ -7,12 +7,12 @@ base is given, a saved Linear is an update like any other, W_trained − W_base.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mergeprobe.adapters.adapter import CONFIG, WEIGHTS, Adapter
 from mergeprobe.adapters.stored import Stored
@@ -125,26 +125,20 @@ def _needed(base: BaseWeights | None, what: str, folder: Path) -> BaseWeights:
 
 def saved_linears(
     extras: Mapping[str, Tensor], taken: Mapping[str, Any], base: BaseWeights, folder: Path
-) -> dict[str, Tensor]:
-    """Module -> W_trained − W_base (float64) for each weight in `extras` of a Linear or Conv1D."""
-    found = {}
-    for name, value in extras.items():
+) -> Iterator[tuple[str, Tensor]]:
+    """(module, W_trained − W_base in float64) for each weight in `extras` of a Linear or Conv1D."""
+    for name, value in list(extras.items()):
         module, _, last = name.rpartition(".")
-        if last != "weight" or module in taken:
+        if last != "weight" or module in taken or not base.is_linear(module):
             continue
-        layer = base.layer(module)
-        if not isinstance(layer, nn.Linear) and not hasattr(layer, "nf"):
-            continue
-        trained = value.double().cpu()
-        trained = trained if isinstance(layer, nn.Linear) else trained.T
         weight = base.weight(module)
+        trained = value.double().cpu() if base.is_upright(module) else value.double().cpu().T
         if trained.shape != weight.shape:
             raise AdapterError(
                 f"'{folder}': '{name}' is {tuple(trained.shape)}, the base's is "
                 f"{tuple(weight.shape)}: it was trained on another base"
             )
-        found[module] = trained - weight
-    return found
+        yield module, trained - weight
 
 
 def average_extras(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from mergeprobe.adapters.adapter import CONFIG, natural
+from mergeprobe.adapters.adapter import CONFIG
+from mergeprobe.adapters.stored import Contents
 from mergeprobe.adapters.weights import BaseWeights
 from mergeprobe.errors import AdapterError
 
@@ -21,10 +22,8 @@ def is_model_folder(folder: Path) -> bool:
     )
 
 
-def finetuned_update(
-    folder: Path, base: BaseWeights | None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(module -> W_trained − W_base in float64, other parameters that changed -> their values).
+def finetuned_contents(folder: Path, base: BaseWeights | None, rank: int | None) -> Contents:
+    """Updates W_trained − W_base by module, and the values of other parameters that changed.
 
     Reads one tensor at a time; what is equal in both is left out, so full fine-tuning of chosen
     modules gives those modules only. Embeddings, norms and biases are the other parameters.
@@ -36,40 +35,31 @@ def finetuned_update(
             f"'{folder}' is a whole model, which is read as its difference from its base; pass the "
             "base with --base (base=... in Python)"
         )
-    updates: dict[str, Tensor] = {}
-    extras: dict[str, Tensor] = {}
+    contents = Contents(rank)
     for file in sorted(folder.glob("model*.safetensors")):
         try:
             with safe_open(str(file), framework="pt") as opened:
                 for name in opened.keys():
-                    _compare(name, opened.get_tensor(name), base, folder, updates, extras)
+                    _compare(name, opened.get_tensor(name), base, folder, contents)
         except (SafetensorError, OSError, ValueError, RuntimeError) as problem:
             raise AdapterError(f"'{file}' is truncated or damaged: {problem}") from None
-    return {module: updates[module] for module in sorted(updates, key=natural)}, extras
+    return contents
 
 
 def _compare(
-    name: str,
-    trained: Tensor,
-    base: BaseWeights,
-    folder: Path,
-    updates: dict[str, Tensor],
-    extras: dict[str, Tensor],
+    name: str, trained: Tensor, base: BaseWeights, folder: Path, contents: Contents
 ) -> None:
     before = base.parameter(name).cpu()
-    if before.shape != trained.shape:
+    if before.shape != trained.shape or not trained.is_floating_point():
         raise AdapterError(
-            f"'{folder}': '{name}' is {tuple(trained.shape)}, the base's is {tuple(before.shape)}: "
-            "it was trained on another base"
+            f"'{folder}': '{name}' is {trained.dtype} {tuple(trained.shape)}, the base's is "
+            f"{tuple(before.shape)}: it was trained on another base, or is packed"
         )
     change = trained.double() - before.double()
     if not bool(change.any()):
         return
     module, _, last = name.rpartition(".")
-    layer = base.layer(module)
-    if last == "weight" and isinstance(layer, nn.Linear):
-        updates[module] = change
-    elif last == "weight" and hasattr(layer, "nf"):  # Conv1D keeps its weight transposed
-        updates[module] = change.T
+    if last == "weight" and base.is_linear(module):
+        contents.add(module, change if base.is_upright(module) else change.T)
     else:
-        extras[name] = trained
+        contents.extras[name] = trained

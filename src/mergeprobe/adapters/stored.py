@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from mergeprobe.adapters.adapter import CONFIG, WEIGHTS
 from mergeprobe.adapters.weights import BaseWeights
 from mergeprobe.errors import AdapterError
+from mergeprobe.lowrank import LowRank, factor, full_rank, truncate
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # a hostile file of some kilobytes can declare a Kronecker product of any size; with the base given
@@ -64,6 +65,37 @@ class Stored:
 
     def refusal(self, reason: str) -> AdapterError:
         return AdapterError(f"'{self.folder / WEIGHTS}': '{self.module}': {reason}")
+
+
+Update = LowRank | Float[Tensor, "out in"]
+
+
+@dataclass(eq=False)
+class Contents:
+    """What a reader has found so far. A full-rank update is a whole weight, so each becomes factors
+    (cut to `rank`, where one was asked for) as soon as it is there.
+
+    widened: some of it came from beside the updates, so the config's placement does not hold.
+    """
+
+    rank: int | None = None
+    modules: dict[str, LowRank] = field(default_factory=dict)
+    truncation: dict[str, float] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    widened: bool = False
+
+    def add(self, module: str, update: Update) -> None:
+        if isinstance(update, LowRank):
+            if update.r == 0:  # AdaLoRA pruned it away: no update, and no shape to trust
+                return
+            if self.rank is not None and update.r > self.rank:
+                update, self.truncation[module] = truncate(update, self.rank)
+            self.modules[module] = update
+        elif self.rank is None or self.rank >= min(update.shape):
+            self.modules[module] = full_rank(update)
+        else:
+            cut, self.truncation[module] = factor(update, self.rank)
+            self.modules[module] = cut.to(torch.float32)
 
 
 def check_rank(stored: Stored, rank: int) -> None:

@@ -17,10 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mergeprobe.adapters.adapter import CONFIG
-from mergeprobe.adapters.stored import Stored, check_rank, check_shape, check_size, number
+from mergeprobe.adapters.stored import Stored, Update, check_rank, check_shape, check_size, number
 from mergeprobe.lowrank import LowRank
-
-Update = LowRank | Float[Tensor, "out in"]
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,15 @@ class BaseWeights:
             "updates are read for Linear and Conv1D modules only"
         )
 
+    def is_linear(self, module: str) -> bool:
+        """Whether a module is a Linear or Conv1D, whose weight takes updates."""
+        layer = self.layer(module)
+        return isinstance(layer, nn.Linear) or hasattr(layer, "nf")
+
+    def is_upright(self, module: str) -> bool:
+        """Whether a module stores its weight as (out, in); Conv1D keeps it transposed."""
+        return not hasattr(self.layer(module), "nf")
+
     def weight(self, module: str) -> Float[Tensor, "out in"]:
         """W in float64 on the CPU; BaseModelError for packed (quantised) weights."""
         layer, shape = self.layer(module), self.shape(module)
@@ -71,7 +80,7 @@ class BaseWeights:
                 f"'{module}' is stored as {stored.dtype} in the base model {self.name}: the update "
                 "depends on its values; pass the base unquantised"
             )
-        weight = (stored if isinstance(layer, nn.Linear) else stored.T).cpu().double()
+        weight = (stored if self.is_upright(module) else stored.T).cpu().double()
         assert tuple(weight.shape) == shape
         return weight
 
