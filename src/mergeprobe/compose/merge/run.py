@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -127,11 +128,15 @@ def each_module(
 ) -> Iterator[tuple[str, Exact, int]]:
     """(module, its exact merge, the rank of that) for one module after the other.
 
-    Raises MergeError where all weights of a module are 0 and the rule needs their ratios.
+    Raises AdapterMismatch for NaN or infinite entries, MergeError where all weights of a module
+    are 0 and the rule needs their ratios.
     """
     modules = module_names(adapters)
     depth = depth_of(modules)
     for module in modules:
+        for adapter in adapters:
+            if module in adapter.modules:
+                check_finite(adapter.name, module, adapter.modules[module])
         updates = updates_at(adapters, module)
         held = [module in adapter.modules for adapter in adapters]
         data = module_data(asked.method, asked.row.needs, module, held, probes)
@@ -156,22 +161,23 @@ def updates_at(adapters: Sequence[Adapter], module: str) -> list[LowRank]:
     return [absent(one) if update is None else update for update in held]
 
 
-def check_adapters(adapters: Sequence[Adapter], *, entries: bool = True) -> None:
-    """Raises AdapterMismatch for an adapter that has nothing in common with the others and, with
-    `entries`, for NaN or infinite ones."""
-    for position, adapter in enumerate(adapters):
-        others = {m for k, a in enumerate(adapters) if k != position for m in a.modules}
-        if len(adapters) > 1 and not others & adapter.modules.keys():
+def check_adapters(adapters: Sequence[Adapter]) -> None:
+    """Raises AdapterMismatch for an adapter that has nothing in common with the others."""
+    everywhere = Counter(module for adapter in adapters for module in adapter.modules)
+    for adapter in adapters:
+        if len(adapters) > 1 and all(everywhere[module] == 1 for module in adapter.modules):
+            others = {m for a in adapters if a is not adapter for m in a.modules}
             raise AdapterMismatch(
                 f"'{adapter.name}' adapts no module that another adapter adapts: it has "
                 f"{sorted(adapter.modules)[:2]}…, the others {sorted(others)[:2]}…"
             )
-        for module, update in adapter.modules.items() if entries else ():
-            check_finite(adapter.name, module, update)
 
 
 def check_finite(name: str, module: str, update: LowRank) -> None:
-    if not (update.A.isfinite().all() and update.B.isfinite().all()):
+    # NaN and infinity both survive a maximum, and no mask is made
+    if not all(
+        bool(factor.abs().max().isfinite()) for factor in (update.A, update.B) if len(factor)
+    ):
         raise AdapterMismatch(
             f"'{name}' has NaN or infinite entries in '{module}': "
             "its training diverged; leave it out or train it again"

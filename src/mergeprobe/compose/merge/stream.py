@@ -1,0 +1,164 @@
+"""merge_folders: adapters on disk in, one plain LoRA on disk out, one module at a time.
+
+The folders are memory-mapped and the result is spooled, so that memory holds one module of every
+adapter, whatever their number of modules. The numbers are those of `merge`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mergeprobe.adapters.checkpoint import (
+    Adapter,
+    check_same_base,
+    is_zero,
+    read_adapter,
+    shared_placement,
+    write_adapter,
+)
+from mergeprobe.adapters.weights import BaseWeights
+from mergeprobe.artefact import refuse_existing
+from mergeprobe.compose.merge.data import Probes, probes_for
+from mergeprobe.compose.merge.module import exact_rank, written
+from mergeprobe.compose.merge.recipe import Recipe, recipe
+from mergeprobe.compose.merge.run import (
+    Certificate,
+    Errors,
+    check_adapters,
+    each_module,
+    module_names,
+    updates_at,
+)
+from mergeprobe.compose.merge.spool import Spool
+from mergeprobe.compose.merge.weights import Weights
+from mergeprobe.errors import AdapterError, MergeError
+
+# the largest rank that vLLM serves (--max-lora-rank); an exact merge of many adapters exceeds it
+LARGEST_SERVED = 512
+
+# done, of how many, the module's name
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a merge of folders wrote.
+
+    rank: of every module in the file. exact_rank: the largest that any module would need to lose
+    nothing. parameters: entries of all B and A.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    certificate: Certificate
+    rank: int
+    exact_rank: int
+    parameters: int
+
+
+def merge_folders(
+    folders: Sequence[str | Path],
+    method: str = "mean",
+    *,
+    out: str | Path,
+    weights: Weights | None = None,
+    rank: int | None = None,
+    space: str = "full",
+    probes: Probes | None = None,
+    seed: int = 0,
+    exact_svd: bool = False,
+    base: Any = None,
+    stated: dict[str, Any] | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, of, module: None,
+    **options: Any,
+) -> Written:
+    """Merges PEFT folders by a rule of METHODS into one PEFT folder `out`, whole or not at all.
+
+    As `merge`, but for the rank: None keeps what is exact up to LARGEST_SERVED, and one above the
+    exact rank is refused, for it would store zeros. base: the base model, where a folder needs it
+    to be read (DoRA and other types that depend on the base's weights). stated: further entries of
+    the card. Raises what `merge` and `read_adapter` raise, and OutputExists.
+    """
+    out = Path(out)
+    refuse_existing(out, force=force)
+    adapters = open_adapters(folders, base)
+    names = [adapter.name for adapter in adapters]
+    check_adapters(adapters)
+    fingerprint = check_same_base(adapters)
+    asked = recipe(
+        names, method, options, weights=weights, space=space, seed=seed, exact_svd=exact_svd,
+        rank=rank if rank is not None else _served_rank(adapters),
+    )  # fmt: skip
+    given = probes_for(method, asked.row.needs, names, probes)
+    highest = _highest_rank(adapters, asked)
+    if rank is not None and rank > highest:
+        raise MergeError(
+            f"rank {rank} is above the exact rank of this merge, {highest}, so it would store "
+            f"zeros; use at most {highest}, or none to keep the exact rank"
+        )
+    spool, errors, total = Spool(out.parent), Errors(), len(module_names(adapters))
+    untrained = set(names)
+    for done, (module, exact, at_most) in enumerate(each_module(adapters, asked, given)):
+        update, error, size = written(exact, asked, at_most)
+        spool.add(module, update)
+        errors.add(module, error, size)
+        untrained -= {a.name for a in adapters if _trained(a, module)} if untrained else set()
+        progress(done + 1, total, module)
+    _refuse_untrained(adapters, untrained)
+    certificate = errors.certificate()
+    card = asked.card() | (stated or {}) | {"certificate": asdict(certificate)}
+    merged = Adapter(
+        out.name,
+        spool.updates(),
+        base=next((a.base for a in adapters if a.base), ""),
+        fingerprint=fingerprint,
+        config=shared_placement(adapters),
+    )
+    write_adapter(merged, out, card=card, force=force)
+    stored = max(merged.ranks)
+    entries = stored * sum(sum(update.shape) for update in merged.modules.values())
+    return Written(out, tuple(names), certificate, stored, highest, entries)
+
+
+def open_adapters(folders: Sequence[str | Path], base: Any = None) -> list[Adapter]:
+    """Memory-mapped: nothing is read but headers. MergeError where two have the same name."""
+    known = None if base is None else BaseWeights.of(base)  # loaded once for all
+    found: dict[str, Adapter] = {}
+    for folder in folders:
+        adapter = read_adapter(folder, known, strict=False)
+        if adapter.name in found:
+            raise MergeError(
+                f"two adapters are called '{adapter.name}': '{found[adapter.name].path}' and "
+                f"'{adapter.path}'; rename one folder"
+            )
+        found[adapter.name] = adapter
+    return list(found.values())
+
+
+def _highest_rank(adapters: Sequence[Adapter], asked: Recipe) -> int:
+    """The largest rank that a module's exact merge can have: full for a rule on entries."""
+    full = asked.row.kind == "entrywise" and asked.space == "full"
+    parts = (updates_at(adapters, module) for module in module_names(adapters))
+    return max(min(part[0].shape) if full else exact_rank(part) for part in parts)
+
+
+def _served_rank(adapters: Sequence[Adapter]) -> int | None:
+    parts = (updates_at(adapters, module) for module in module_names(adapters))
+    return LARGEST_SERVED if max(exact_rank(part) for part in parts) > LARGEST_SERVED else None
+
+
+def _trained(adapter: Adapter, module: str) -> bool:
+    return module in adapter.modules and not is_zero(adapter.modules[module])
+
+
+def _refuse_untrained(adapters: Sequence[Adapter], untrained: set[str]) -> None:
+    for adapter in adapters:
+        if adapter.name in untrained:
+            raise AdapterError(
+                f"'{adapter.name}' is zero everywhere: it was never trained, or saved before "
+                "training; leave it out"
+            )
