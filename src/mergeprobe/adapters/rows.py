@@ -31,7 +31,7 @@ class Rows:
         chosen = torch.as_tensor(index, dtype=torch.long)
         if chosen.numel() and not (int(chosen.min()) >= NONE and int(chosen.max()) < self.count):
             raise AdapterMismatch(
-                f"rows choose {chosen.tolist()}; there are {self.count} updates, and {NONE} for none"
+                f"rows choose {chosen.tolist()}; there are {self.count} updates, {NONE} for none"
             )
         self.index = chosen
 
