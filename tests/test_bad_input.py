@@ -319,7 +319,7 @@ def test_unknown_method(capsys, world, tmp_path):
 
 @pytest.mark.parametrize(
     ("action", "words"),
-    [("melt", "got 'melt'"), ("isolate", "'isolate' is not built yet"), ("logits", "not built")],
+    [("melt", "got 'melt'"), ("isolate", "needs a method"), ("logits", "not built")],
 )
 def test_unknown_action(capsys, world, tmp_path, action, words):
     group = {"name": "math", "adapters": ["math"], "action": action}

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mergeprobe.adapters.attach import attached
 from mergeprobe.adapters.checkpoint import WEIGHTS, Adapter, read_adapter
 from mergeprobe.artefact import sha256
+from mergeprobe.capture.probe import Moment, Probe
 from mergeprobe.compose import Executor, apply_plan, deployed, merge, prune, read_deployment
 from mergeprobe.errors import (
     AdapterError,
@@ -248,6 +249,130 @@ def test_reweight_uses_the_weights_by_name(adapters):
         assert torch.allclose(update.dense(), 0.25 * a + 2 * b, atol=1e-5)
 
 
+def test_reweight_by_parts_of_the_model(adapters):
+    # two layers of a model of two: thirds by layer · 3 // 2, so early and middle
+    group = Group(
+        name="g", adapters=("b", "a"), action="reweight", method="linear",
+        weights={"a": 0.5, "b": 1.0},
+        part_weights={"middle": {"a": 3.0, "b": 0.0}, "attention": {"b": -1.0, "a": 1.0}},
+    )  # fmt: skip
+    served = deployed(plan_of(group, names="ab"), adapters).serving["a"]
+    for module, update in served.modules.items():
+        a, b = (adapters[n].modules[module].dense() for n in "ab")
+        middle, attention = "layers.1." in module, "self_attn" in module
+        of_a, of_b = 0.5 * (3.0 if middle else 1.0), 0.0 if middle else 1.0
+        expected = of_a * a + of_b * (-1.0 if attention else 1.0) * b
+        assert torch.allclose(update.dense(), expected, atol=1e-5), module
+    assert served.card["weights"] == {
+        "all": [1.0, 0.5], "middle": [0.0, 3.0], "attention": [-1.0, 1.0],
+    }  # fmt: skip
+
+
+def test_prune_drops_the_components_and_modules_that_the_plan_names(adapters):
+    first, second = list(adapters["a"].modules)[:2]
+    group = Group(
+        name="g", adapters=("a", "b"), action="prune", method="linear",
+        weights={"a": 0.5, "b": 2.0},
+        pruned={"a": Pruned(modules=(first,), components={second: (0, 2)})},
+    )  # fmt: skip
+    served = deployed(plan_of(group, names="ab"), adapters).serving["b"]
+    for module, update in served.modules.items():
+        a, b = (adapters[n].modules[module].dense().double() for n in "ab")
+        u, s, vh = torch.linalg.svd(a)
+        if module == second:
+            a = a - s[0] * torch.outer(u[:, 0], vh[0]) - s[2] * torch.outer(u[:, 2], vh[2])
+        expected = (0 if module == first else 0.5) * a + 2 * b
+        assert torch.allclose(update.dense().double(), expected, atol=1e-5), module
+    assert served.card["pruned"]["a"] == {"modules": [first], "components": {second: [0, 2]}}
+
+
+def planted(name, place, value):
+    """Ones, and one entry that stands out."""
+    dense = torch.ones(4, 5)
+    dense[place] = value
+    u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+    return Adapter(name, {"q": LowRank(u * s, vh)})
+
+
+@pytest.mark.parametrize(("core", "kept"), [(0.05, 1), (0.1, 2)])
+def test_isolate_keeps_the_share_of_entries_that_the_plan_names(core, kept):
+    # of 20 entries 5 % is one: 9 in a, -7 in b, verbatim whatever the other has there
+    one, other = planted("a", (0, 1), 9.0), planted("b", (2, 3), -7.0)
+    extra = torch.zeros(4, 5)
+    extra[3, 0], extra[1, 1] = 4.0, 3.0
+    for adapter, place in ((one, (3, 0)), (other, (1, 1))):  # each adapter's second largest
+        dense = adapter.modules["q"].dense()
+        dense[place] = extra[place]
+        u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+        adapter.modules["q"] = LowRank(u * s, vh)
+    group = Group(
+        name="g", adapters=("a", "b"), action="isolate", method="core_isolation",
+        options={"core": core, "threshold": 0.1},
+    )  # fmt: skip
+    deployment = deployed(plan_of(group, names="ab"), {"a": one, "b": other})
+    found = deployment.serving["a"].modules["q"].dense()
+    assert found[0, 1] == pytest.approx(9.0, abs=1e-4)
+    assert found[2, 3] == pytest.approx(-7.0, abs=1e-4)
+    assert (abs(found[3, 0] - 4.0) < 1e-4) == (kept == 2)
+    assert (abs(found[1, 1] - 3.0) < 1e-4) == (kept == 2)
+    assert deployment.entries["a"].action == "isolate"
+    assert deployment.serving["a"].card["options"]["core"] == core
+
+
+def test_isolate_is_the_rule_with_the_plans_options_and_rank(tmp_path, adapters):
+    group = Group(
+        name="g", adapters=("a", "b"), action="isolate", method="core_isolation_lowrank",
+        options={"components": 2}, weights={"b": 2.0, "a": 1.0}, rank=5,
+    )  # fmt: skip
+    served = apply_plan(plan_of(group, names="ab"), adapters, tmp_path / "d").serving["b"]
+    pair = [adapters["a"], adapters["b"]]
+    rule = merge(pair, "core_isolation_lowrank", weights=[1.0, 2.0], rank=5, components=2)
+    default = merge(pair, "core_isolation_lowrank", rank=5)
+    for module, update in served.modules.items():
+        assert update.r == 5
+        assert torch.allclose(update.dense(), rule.adapter.modules[module].dense(), atol=1e-6)
+    assert any(
+        not torch.allclose(update.dense(), default.adapter.modules[module].dense(), atol=1e-3)
+        for module, update in served.modules.items()
+    )
+
+
+def test_a_rule_that_needs_data_takes_the_probes_by_name(adapters):
+    def probe(name, seed):
+        draw = torch.Generator().manual_seed(seed)
+        inputs = {
+            module: Moment(torch.randn(update.shape[1], 4, generator=draw), 0.1)
+            for module, update in adapters[name].modules.items()
+        }
+        return Probe(f"run-{seed}", adapters[name].modules, inputs=inputs)
+
+    group = Group(name="g", adapters=("b", "a"), action="merge", method="regmean")
+    plan, probes = plan_of(group, names="ab"), {"a": probe("a", 1), "b": probe("b", 2)}
+    served = deployed(plan, adapters, probes=probes).serving["a"]
+    rule = merge([adapters["b"], adapters["a"]], "regmean", probes=[probes["b"], probes["a"]])
+    for module, update in served.modules.items():
+        assert torch.allclose(update.dense(), rule.adapter.modules[module].dense(), atol=1e-6)
+    for given in (None, {"b": probes["b"]}):
+        with pytest.raises(PlanError, match=r"needs the inputs of each adapter's probe; '[ab]'"):
+            deployed(plan, adapters, probes=given)
+
+
+def test_the_space_and_the_seed_are_the_plans(adapters):
+    def served(**kwargs):
+        group = {"name": "g", "adapters": ("a", "b"), "action": "merge", "method": "dare_linear"}
+        return deployed(plan_of(Group(**group, **kwargs), names="ab"), adapters).serving["a"]
+
+    one, again, other = served(seed=1), served(seed=1), served(seed=2)
+    knots = served(seed=1, space="knots")
+    module = next(iter(one.modules))
+    first = one.modules[module].dense()
+    assert torch.equal(first, again.modules[module].dense())
+    assert not torch.allclose(first, other.modules[module].dense(), atol=1e-2)
+    assert not torch.allclose(first, knots.modules[module].dense(), atol=1e-2)
+    assert knots.card["space"] == "knots"
+    assert other.card["seed"] == 2
+
+
 def test_routing_keeps_the_adapters_as_they_are(adapters):
     plan = plan_of(Group(name="all", adapters=tuple("abcd"), action="route"))
     deployment = deployed(plan, adapters)
@@ -295,8 +420,14 @@ def pair(**kwargs):
 @pytest.mark.parametrize(
     ("plan", "line"),
     [
-        (pair(action="isolate"), "action 'isolate' is not built yet; built are merge, reweight, p"),
-        (pair(action="logits"), "action 'logits' is not built yet"),
+        (pair(action="isolate"), "isolates, but 'mean' keeps no cores; use one of core_isolation"),
+        (pair(action="logits"), "action 'logits' is not built yet; built are merge, reweight, p"),
+        (pair(action="prune"), "group 'g' prunes nothing"),
+        (pair(space="time"), "group 'g': unknown space 'time'"),
+        (
+            pair(method="linear", part_weights={"deep": {"a": 1, "b": 1}}),
+            "group 'g': no part 'deep' to weight",
+        ),
         (pair(adapters=("a", "x")), "['x'] are missing"),
         (pair(method="slurp"), "group 'g': unknown merge method 'slurp'"),
         (pair(options={"rank": 3}), "group 'g': 'mean' has no option 'rank'"),

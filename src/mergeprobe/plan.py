@@ -32,6 +32,15 @@ class Action(StrEnum):
     route = "route"
 
 
+# the actions that need a merge rule, each with one that would do
+EXAMPLES = {
+    Action.merge: "mean",
+    Action.reweight: "linear",
+    Action.prune: "mean",
+    Action.isolate: "core_isolation",
+}
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -67,16 +76,23 @@ class Group(_Frozen):
     """Adapters that are deployed together under one action.
 
     method, options: a merge rule of `mergeprobe.compose.METHODS` and its parameters (merge,
-    reweight, prune). weights: one per adapter by name; where absent the method's own uniform
-    weights. rank: of what is written; None keeps the exact rank. pruned: by adapter name.
+    reweight, prune; for isolate one of its core isolations). space: in which the rule runs, "full"
+    or one of `mergeprobe.compose.merge.spaces`. seed: of what the rule draws at random.
+    weights: one per adapter by name; where absent the method's own uniform weights.
+    part_weights: factors on them by part of the model (a depth third: early, middle, late; or a
+    kind of module: attention, mlp, other), each with one per adapter by name.
+    rank: of what is written; None keeps the exact rank. pruned: by adapter name.
     """
 
     name: str
     adapters: tuple[str, ...]
     action: Action
     method: str | None = None
-    options: dict[str, float] = Field(default_factory=dict)
+    options: dict[str, float | str] = Field(default_factory=dict)
+    space: str = "full"
+    seed: int = Field(default=0, ge=0)
     weights: dict[str, float] | None = None
+    part_weights: dict[str, dict[str, float]] = Field(default_factory=dict)
     rank: int | None = Field(default=None, ge=1)
     pruned: dict[str, Pruned] = Field(default_factory=dict)
     forecast: dict[str, Forecast] = Field(default_factory=dict)
@@ -90,15 +106,18 @@ class Group(_Frozen):
             raise ValueError(f"{where} has no adapters")
         if len(set(self.adapters)) != len(self.adapters):
             raise ValueError(f"{where} names an adapter twice")
-        merges = self.action in (Action.merge, Action.reweight, Action.prune)
-        if merges and self.method is None:
-            raise ValueError(f"{where}: action '{self.action}' needs a method, such as 'mean'")
-        if self.action is Action.reweight and not self.weights:
-            raise ValueError(f"{where}: action 'reweight' needs weights, one per adapter")
-        if self.weights is not None and self.weights.keys() != set(self.adapters):
+        if self.action in EXAMPLES and self.method is None:
             raise ValueError(
-                f"{where}: weights are for {sorted(self.weights)}, expected {sorted(self.adapters)}"
+                f"{where}: action '{self.action}' needs a method, such as '{EXAMPLES[self.action]}'"
             )
+        if self.action is Action.reweight and not self.weights and not self.part_weights:
+            raise ValueError(f"{where}: action 'reweight' needs weights, one per adapter")
+        by_part = {f"weights for {part}": given for part, given in self.part_weights.items()}
+        for what, given in ({"weights": self.weights} | by_part).items():
+            if given is not None and given.keys() != set(self.adapters):
+                raise ValueError(
+                    f"{where}: {what} are for {sorted(given)}, expected {sorted(self.adapters)}"
+                )
         if stray := self.pruned.keys() - set(self.adapters):
             raise ValueError(f"{where}: pruned names {sorted(stray)}, which it does not hold")
         return self

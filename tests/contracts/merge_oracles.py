@@ -288,6 +288,53 @@ def core_isolation_lowrank(stack, components=1):
     return merged + slerp(np.where(np.abs(rest) < 1e-9, 0, rest)) @ free
 
 
+def known(stack, moments):
+    """(weight in the denominator, moment) of each adapter, one without its mean's share spread."""
+    count = sum(moment is not None for moment in moments)
+    return [(0 if m is None else 1 / count, m) for m in moments]
+
+
+def fisher(stack, inputs, outputs, floor=1e-6):
+    found = []
+    for x, delta in zip(inputs, outputs, strict=True):
+        whole = None if x is None else np.outer(np.diag(delta), np.diag(x))
+        found.append(None if whole is None else np.maximum(whole / whole.mean(), floor))
+    up = sum(f * one for f, one in zip(found, stack, strict=True) if f is not None) / len(stack)
+    return up / sum(share * f for share, f in known(stack, found) if f is not None)
+
+
+def regmean(stack, inputs, shrink=0.9, **_):
+    rows = [svd(one)[2] for one in stack if one.any()]
+    overlap = []
+    for one, other in itertools.combinations(rows, 2):
+        chance = max(len(one), len(other)) / stack.shape[2]
+        found = np.square(one @ other.T).sum() / min(len(one), len(other))
+        overlap.append((found - chance) / (1 - chance))
+    ridge = 0.1 if overlap and np.mean(overlap) > 0.25 else 0.01
+    pairs = known(stack, inputs)
+    penalty = ridge * sum(p * np.trace(s) for p, s in pairs if s is not None) / stack.shape[2]
+    seen = [
+        None if s is None
+        else shrink * s + (1 - shrink) * np.diag(np.diag(s)) + penalty * np.eye(len(s))
+        for s in inputs
+    ]  # fmt: skip
+    up = sum(one @ s for one, s in zip(stack, seen, strict=True) if s is not None) / len(stack)
+    whole = sum(p * s for (p, _), s in zip(pairs, seen, strict=True) if s is not None)
+    return up @ np.linalg.inv(whole)
+
+
+def osrm(stack, inputs, directions=8, **_):
+    merged = np.zeros(stack.shape[1:])
+    for k, one in enumerate(stack):
+        others = [s for j, s in enumerate(inputs) if j != k and s is not None]
+        values, vectors = np.linalg.eigh(sum(others, np.zeros((stack.shape[2],) * 2)))
+        used = (values > values[0] + 1e-6 * (values[-1] - values[0])) & (values > 0)
+        used[: max(0, len(used) - directions)] = False
+        free = vectors[:, ~used]
+        merged += one @ free @ free.T / len(stack)
+    return merged
+
+
 ORACLES = {
     "mean": lambda stack: stack.mean(axis=0),
     "linear": lambda stack: stack.mean(axis=0),
@@ -314,4 +361,7 @@ ORACLES = {
     "ssr": ssr,
     "core_isolation": core_isolation,
     "core_isolation_lowrank": core_isolation_lowrank,
+    "fisher": fisher,
+    "regmean": regmean,
+    "osrm": osrm,
 }

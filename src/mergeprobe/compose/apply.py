@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mergeprobe.adapters.checkpoint import WEIGHTS, Adapter, check_same_base
 from mergeprobe.artefact import refuse_existing, sha256
+from mergeprobe.capture.probe import Probe
 from mergeprobe.compose.deployment import (
     CARD,
     ROUTING,
@@ -21,24 +22,35 @@ from mergeprobe.compose.prune import prune
 from mergeprobe.errors import MergeError, PlanError
 from mergeprobe.plan import Action, Group, Plan, check_name
 
+# the rules that action 'isolate' can name: they keep a core of each adapter verbatim
+ISOLATIONS = ("core_isolation", "core_isolation_lowrank")
+
 
 def apply_plan(
-    plan: Plan, adapters: Mapping[str, Adapter], out: str | Path, *, force: bool = False
+    plan: Plan,
+    adapters: Mapping[str, Adapter],
+    out: str | Path,
+    *,
+    probes: Mapping[str, Probe] | None = None,
+    force: bool = False,
 ) -> Deployment:
     """Carries out `plan` and writes the deployment folder, whole or not at all.
 
-    adapters: by the names the plan uses; more than it names is fine. Raises PlanError if the plan
-    is for other adapters or asks for what is not built, OutputExists if `out` is there and not
-    `force`, and what `merge` raises. Returns the deployment as read back from `out`.
+    adapters: by the names the plan uses; more than it names is fine. probes: by the same names,
+    for methods that need data. Raises PlanError if the plan is for other adapters or asks for
+    what is not built, OutputExists if `out` is there and not `force`, and what `merge` raises.
+    Returns the deployment as read back from `out`.
     """
     refuse_existing(out, force=force)
-    deployment = deployed(plan, adapters)
+    deployment = deployed(plan, adapters, probes=probes)
     full = sum(written_parameters(adapters[ref.name]) for ref in plan.adapters)
     write_deployment(deployment, out, full_routing=full, force=force)
     return read_deployment(out)
 
 
-def deployed(plan: Plan, adapters: Mapping[str, Adapter]) -> Deployment:
+def deployed(
+    plan: Plan, adapters: Mapping[str, Adapter], *, probes: Mapping[str, Probe] | None = None
+) -> Deployment:
     """The deployment of `plan` in memory, the same updates that `apply_plan` writes.
 
     Raises PlanError and what `merge` raises, as `apply_plan` does.
@@ -49,7 +61,7 @@ def deployed(plan: Plan, adapters: Mapping[str, Adapter]) -> Deployment:
     entries: dict[str, Entry] = {}
     folders: dict[str, Adapter] = {}
     for group in plan.groups:
-        for folder, merged in CARRY_OUT[group.action](group, adapters).items():
+        for folder, merged in CARRY_OUT[group.action](group, adapters, probes).items():
             _free(folder, folders, group)
             folders[folder] = merged.adapter
             certificate = merged.certificate
@@ -115,49 +127,90 @@ def _check_group(group: Group) -> None:
         raise PlanError(
             f"{where} prunes components but its action is '{group.action}'; use action 'prune'"
         )
-    if group.action is Action.route and (group.method or group.options or group.weights):
+    if group.action is Action.prune and not group.pruned:
+        raise PlanError(f"{where} prunes nothing: say what in 'pruned', or use action 'merge'")
+    if group.action is Action.isolate and group.method not in ISOLATIONS:
+        raise PlanError(
+            f"{where} isolates, but '{group.method}' keeps no cores; "
+            f"use one of {', '.join(ISOLATIONS)}"
+        )
+    merges = group.method or group.options or group.weights or group.part_weights
+    if group.action is Action.route and merges:
         raise PlanError(
             f"{where} routes, so nothing is merged: drop its method, options and weights"
         )
 
 
-def _merge(group: Group, adapters: Mapping[str, Adapter]) -> dict[str, Merged]:
+def _merge(
+    group: Group, adapters: Mapping[str, Adapter], probes: Mapping[str, Probe] | None
+) -> dict[str, Merged]:
     """One merged adapter for the group, after pruning where the group prunes."""
     parts = [
         prune(adapters[name], group.pruned[name]) if name in group.pruned else adapters[name]
         for name in group.adapters
     ]
-    weights = None if group.weights is None else [group.weights[name] for name in group.adapters]
     assert group.method is not None  # the plan's own check
     try:
-        check_options(group.method, group.options)
+        row = check_options(group.method, group.options)
         merged = merge(
             parts,
             group.method,
-            weights=weights,
+            weights=_weights(group),
             rank=group.rank,
+            space=group.space,
+            probes=_probes(group, row.needs, probes),
+            seed=group.seed,
             name=group.name,
             **group.options,
         )
     except MergeError as problem:
         raise PlanError(f"group '{group.name}': {problem}") from None
     if group.pruned:
-        merged.adapter.card["pruned"] = {n: p.model_dump() for n, p in group.pruned.items()}
+        merged.adapter.card["pruned"] = {
+            name: pruned.model_dump(mode="json") for name, pruned in group.pruned.items()
+        }
     return {group.name: merged}
 
 
-def _route(group: Group, adapters: Mapping[str, Adapter]) -> dict[str, Merged]:
+def _weights(group: Group) -> dict[str, list[float]] | None:
+    """By part of the model, in the order of the group's adapters; None where it names none."""
+    by_part = dict(group.part_weights)
+    if group.weights is not None:
+        by_part["all"] = group.weights
+    named = {part: [given[name] for name in group.adapters] for part, given in by_part.items()}
+    return named or None
+
+
+def _probes(
+    group: Group, needs: Sequence[str], probes: Mapping[str, Probe] | None
+) -> list[Probe] | None:
+    """In the order of the group's adapters, for a rule that needs them."""
+    if not needs:
+        return None
+    if missing := [name for name in group.adapters if name not in (probes or {})]:
+        raise PlanError(
+            f"group '{group.name}': '{group.method}' needs the {' and '.join(needs)} of each "
+            f"adapter's probe; '{missing[0]}' has none"
+        )
+    return [probes[name] for name in group.adapters] if probes else None
+
+
+def _route(
+    group: Group, adapters: Mapping[str, Adapter], probes: Mapping[str, Probe] | None
+) -> dict[str, Merged]:
     """Each adapter of the group for itself, at the group's rank where it has one."""
     return {
         name: merge([adapters[name]], "mean", rank=group.rank, name=name) for name in group.adapters
     }
 
 
+Carry = Callable[[Group, Mapping[str, Adapter], Mapping[str, Probe] | None], dict[str, Merged]]
 # the actions that are built, and what carries them out: -> folder name -> what it holds
-CARRY_OUT: dict[Action, Callable[[Group, Mapping[str, Adapter]], dict[str, Merged]]] = {
+CARRY_OUT: dict[Action, Carry] = {
     Action.merge: _merge,
     Action.reweight: _merge,
     Action.prune: _merge,
+    Action.isolate: _merge,
     Action.route: _route,
 }
 

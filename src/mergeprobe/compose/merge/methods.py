@@ -15,9 +15,13 @@ from typing import Any, Literal
 
 from mergeprobe.compose.merge.balance import pcb
 from mergeprobe.compose.merge.drop import dare_linear, dare_ties, della, della_linear
+from mergeprobe.compose.merge.fisher import fisher
 from mergeprobe.compose.merge.isolation import core_isolation, core_isolation_lowrank
 from mergeprobe.compose.merge.linear import linear, norm_preserving_mean, total
+from mergeprobe.compose.merge.osrm import osrm
+from mergeprobe.compose.merge.regmean import regmean
 from mergeprobe.compose.merge.routing import ssr
+from mergeprobe.compose.merge.search import adamerging, lorahub
 from mergeprobe.compose.merge.sign import ties
 from mergeprobe.compose.merge.spectral import iso_c, iso_cts, pico, svc, tsv_m
 from mergeprobe.compose.merge.spherical import slerp
@@ -281,5 +285,50 @@ METHODS: dict[str, Method] = {
         "a variant of arXiv:2508.21741",
         defaults={"components": 1},
         weights="ratios",
+    ),
+    "fisher": Method(
+        fisher,
+        "entrywise",
+        "the average of every entry, weighted by how much each adapter's loss minds it",
+        "arXiv:2111.09832",
+        defaults={"floor": 1e-6, "normalise": 1},
+        weights="ratios",
+        needs=("inputs", "outputs"),
+    ),
+    "regmean": Method(
+        regmean,
+        "lowrank",
+        "the update whose outputs are nearest to every adapter's own, on that one's inputs",
+        "arXiv:2212.09849",
+        defaults={"ridge": 0.01, "shared_ridge": 0.1, "shrink": 0.9},
+        weights="ratios",
+        needs=("inputs",),
+    ),
+    "osrm": Method(
+        osrm,
+        "lowrank",
+        "each update kept off the inputs that the others' tasks use most, then added",
+        "arXiv:2505.22934",
+        defaults={"directions": 8},
+        keeps=ALL - {COPIES},  # a copy's inputs are the others' too, and given up
+        needs=("inputs",),
+    ),
+    "lorahub": Method(
+        lorahub,
+        "search",
+        "the weights of a linear merge with the least few-shot loss, without gradients",
+        "arXiv:2307.13269",
+        defaults={"budget": 40, "bound": 1.5, "penalty": 0.05},
+        keeps=frozenset(),  # what it finds depends on the examples
+        needs=("batches",),
+    ),
+    "adamerging": Method(
+        adamerging,
+        "search",
+        "the weights of a linear merge whose predictions on unlabelled text are surest",
+        "arXiv:2310.02575",
+        defaults={"steps": 500, "rate": 1e-3},
+        keeps=frozenset(),  # what it finds depends on the text
+        needs=("batches",),
     ),
 }
