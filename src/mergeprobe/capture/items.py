@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def items_of(features: Mapping[str, Any]) -> list[Item]:
 def _parts(starts: Tensor, length: int) -> Iterator[slice]:
     """Slices from one start to the next."""
     edges = sorted({0, *starts.nonzero().flatten().tolist(), length})
-    for left, right in zip(edges, edges[1:], strict=False):
+    for left, right in pairwise(edges):
         yield slice(left, right)
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergeprobe.adapters.checkpoint import Adapter, natural
+from mergeprobe.adapters.checkpoint import Adapter, natural, read_adapter
 from mergeprobe.artefact import MADE_BY, atomic_file, check_schema
 from mergeprobe.errors import ProbeError
 from mergeprobe.lowrank import LowRank
@@ -244,6 +244,11 @@ def read_probe(path: str | Path) -> Probe:
         return _assemble(meta, tensors, path)
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise ProbeError(f"'{path}' is damaged: {type(problem).__name__} {problem}") from None
+
+
+def read_source(path: str | Path) -> Probe:
+    """A probe file, or a PEFT folder as a probe that has its update only."""
+    return Probe.from_adapter(read_adapter(path)) if Path(path).is_dir() else read_probe(path)
 
 
 def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> Probe:

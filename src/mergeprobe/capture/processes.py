@@ -29,7 +29,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, batch: Batch) -> Batch:
-        """Every size-th item. Fewer items than processes are left to each as they are: see joined."""
+        """Every size-th item; all of them where there are fewer items than processes."""
         if not self.shares(batch):
             return batch
         mine = slice(self.rank, None, self.size)
@@ -148,3 +148,12 @@ def _sketch(ranges: Float[Tensor, "dim columns"], counted: Float[Tensor, " two"]
 def _meeting_place(device: torch.device) -> torch.device:
     """Where the group's backend can add: NCCL on the GPU, Gloo on the CPU."""
     return device if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def any_of(processes: Processes, value: bool, device: torch.device) -> bool:
+    """Whether it holds on any process; the same answer on all, which have to ask together."""
+    if processes.size == 1:
+        return value
+    held = torch.tensor(float(value), device=_meeting_place(device))
+    dist.all_reduce(held)
+    return bool(held > 0)

@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mergeprobe.capture.batch import Batch
 from mergeprobe.capture.first_steps import FirstSteps, read_first_steps
 from mergeprobe.capture.measure import BaseSide, as_batch, assemble, measure_task
@@ -117,19 +120,27 @@ class ProbeRecorder:
         first.keep(self._early_path)
         return first
 
-    def step(self, step: int, loss: float | None = None, lr: float | None = None) -> Probe | None:
+    def step(
+        self, step: int, loss: float | Tensor | None = None, lr: float | None = None
+    ) -> Probe | None:
         """Call after every optimizer step (1, 2, …); returns the probe at a probe point."""
         if loss is not None:
-            self.losses.append((step, float(loss)))
+            self.losses.append((step, float(torch.as_tensor(loss).detach())))
         if lr is not None:
             self.learning_rates.append((step, float(lr)))
-        if self.processes.writes and any(p.half == step < p.step for p in self.waiting):
-            update = current_update(self.model)
-            self._first.halfway[step] = {n: sketch_update(n, u) for n, u in update.items()}
-            self._first.keep(self._early_path)
         due = [point for point in self.waiting if point.step == step]
+        half = self.processes.writes and any(p.half == step < p.step for p in self.waiting)
         self.waiting = [point for point in self.waiting if point.step > step]
-        return self._capture(due) if due else None
+        # the call may stand inside the loop's autocast, which would round what we compute
+        with torch.autocast(next(self.model.parameters()).device.type, enabled=False):
+            if half:
+                self._sketch_halfway(step)
+            return self._capture(due) if due else None
+
+    def _sketch_halfway(self, step: int) -> None:
+        update = current_update(self.model)
+        self._first.halfway[step] = {n: sketch_update(n, u) for n, u in update.items()}
+        self._first.keep(self._early_path)
 
     def _capture(self, due: Sequence[ProbePoint]) -> Probe | None:
         """Measures now and writes the files; None on a process that does not write."""
