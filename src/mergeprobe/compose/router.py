@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mergeprobe.capture.batch import Batch
+from mergeprobe.capture.probe import Calibration
 from mergeprobe.errors import DataError, DeploymentError
 
 DEPTH = 2 / 3  # of the layers; near the output states mostly hold the next token
@@ -228,7 +229,9 @@ class _Enough(Exception):
     """The layer that was asked for has run."""
 
 
-def prompts_of(batch: Batch) -> tuple[Int[Tensor, "items tokens"], Bool[Tensor, "items tokens"]]:
+def prompts_of(
+    batch: Batch | Calibration,
+) -> tuple[Int[Tensor, "items tokens"], Bool[Tensor, "items tokens"]]:
     """(ids, mask) of the prompts in a batch of prompts and completions, such as a probe's."""
     mask = batch.attention_mask.bool() & ~batch.completion_mask.bool()
     longest = int(mask.sum(1).max())
