@@ -152,7 +152,7 @@ def lora_lego(stack):
     for centre, group in zip(centres, members, strict=True):
         stretched = centre * np.mean([np.linalg.norm(unit) for unit in group])
         stretched /= np.linalg.norm(centre)
-        merged += np.outer(stretched[merged.shape[1] :], stretched[: merged.shape[1]])
+        merged += np.outer(stretched[stack.shape[2] :], stretched[: stack.shape[2]])
     return merged
 
 
@@ -227,7 +227,7 @@ def wudi(stack, steps=300, learning_rate=1e-5):
     for _ in range(steps):
         adam.zero_grad()
         parts = [((merged - w) @ w.T).square().sum() / w.square().sum() for w in updates if w.any()]
-        sum(parts).backward()
+        torch.stack(parts).sum().backward()
         adam.step()
     return merged.detach().numpy()
 
@@ -248,8 +248,8 @@ def ssr(stack, inputs, ridge=1e-4, **_):
         return stack.sum(axis=0)
     signals = np.concatenate([vh for _, _, vh, _ in parts])
     outputs = np.concatenate([u * s for u, s, _, _ in parts], axis=1)
-    seen = [signals @ moment @ signals.T for *_, moment in parts]
-    gram = sum(seen)
+    seen = np.stack([signals @ moment @ signals.T for *_, moment in parts])
+    gram = seen.sum(axis=0)
     owner = np.concatenate([np.full(len(s), k) for k, (_, s, _, _) in enumerate(parts)])
     guide = sum(np.diag((owner == k).astype(float)) @ one for k, one in enumerate(seen))
     gram = gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram))

@@ -51,7 +51,7 @@ def probe(adapter):
             seed = sum(map(ord, f"{adapter.name} {module} {side}"))
             factor = torch.randn(size, 6, generator=torch.Generator().manual_seed(seed))
             sides[side][module] = Moment(factor, 0.3)
-    return Probe(adapter.name, adapter.modules, **sides)
+    return Probe(adapter.name, adapter.modules, inputs=sides["inputs"], outputs=sides["outputs"])
 
 
 def merged_by(name, adapters, **kwargs):

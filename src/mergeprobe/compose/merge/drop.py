@@ -109,9 +109,11 @@ def dropped_by_rank(
             f"{density - epsilon:g} to {density + epsilon:g}; expected them in (0, 1]"
         )
     for update in updates:
-        rank = update.abs().argsort(dim=1).argsort(dim=1)
-        steps = max(1, update.shape[1] - 1)
-        chance = rank.to(update).mul_(2 * epsilon / steps).add_(density - epsilon)
+        order = update.abs().argsort(dim=1)
+        chances = torch.linspace(
+            density - epsilon, density + epsilon, order.shape[1], dtype=update.dtype
+        )
+        chance = torch.empty_like(update).scatter_(1, order, chances.expand_as(order).to(update))
         yield update * _kept(chance, generator).div_(chance)
 
 

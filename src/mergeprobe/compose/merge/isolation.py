@@ -44,7 +44,8 @@ def core_isolation(
         raise MergeError(
             f"core {core} and threshold {threshold} do not fit; expected (0, 1] and [0, 1]"
         )
-    masks = core_masks(updates, core)
+    # an adapter of weight 0 has no core either
+    masks = core_masks(updates, core) & (weights > 0)[:, None, None]
     outside = updates * ~masks
     flat = outside.flatten(1)
     rest = spherical_coefficients((flat @ flat.T).double(), weights.tolist())
@@ -63,7 +64,7 @@ def core_isolation(
 
 
 def core_isolation_lowrank(
-    updates: Sequence[LowRank], weights: Sequence[float], *, components: int = 1
+    updates: Sequence[LowRank], weights: Sequence[float], *, components: float = 1
 ) -> LowRank:
     """The largest rank-one components of each update kept verbatim, the others blended; low rank.
 
@@ -80,8 +81,8 @@ def core_isolation_lowrank(
     parts = [canonical(update) for update in updates]
     cores = [
         (*_standing(s, k), s[k] * u[:, k], vh[k])
-        for u, s, vh in parts
-        for k in range(min(count, len(s)))
+        for (u, s, vh), weight in zip(parts, weights, strict=True)
+        for k in range(min(count, len(s)) if weight else 0)
     ]
     if not cores:
         return concat(updates, [0.0] * len(updates))
@@ -117,8 +118,8 @@ def core_masks(updates: Float[Tensor, "n out in"], core: float) -> Bool[Tensor, 
 
 def jaccard(masks: Bool[Tensor, "n *shape"]) -> Float[Tensor, "n n"]:
     """|Cᵢ ∩ Cⱼ| / |Cᵢ ∪ Cⱼ| of the cores, in [0, 1]; 0 for two empty ones, 1 with itself."""
-    flat = masks.flatten(1).double()
-    common = flat @ flat.T
+    flat = masks.flatten(1).float()
+    common = (flat @ flat.T).double()
     size = common.diagonal()
     union = size[:, None] + size - common
     overlap = common / union.clamp(min=1)

@@ -23,13 +23,14 @@ LLOYD_STEPS = 300
 ORTHOGONAL = 1e-6
 
 
-def lora_lego(updates: Sequence[LowRank], weights: Sequence[float], *, units: int = 0) -> LowRank:
+def lora_lego(updates: Sequence[LowRank], weights: Sequence[float], *, units: float = 0) -> LowRank:
     """LoRA-LEGO: all adapters' units, clustered into `units` centroids that make the merge.
 
     The units [√σ u; √σ v] are clustered by k-means; each centroid is stretched to the weighted
     mean norm of its members, and the whole update by √(r / units), r the largest rank there is.
-    units: a whole number from 1, or 0 for r, the published choice, where that factor is 1. Only
-    the ratios of the weights matter. An adapter without units here is not counted.
+    units: a whole number from 1, or 0 for r, the published choice, where that factor is 1. Weights
+    of at least 0; only their ratios matter. An adapter of weight 0 or without this module is not
+    counted.
 
     Source: arXiv:2409.16167. Ours differs: canonical units; a unit counts with the sign that is
     nearer to its centroid (of orthogonal ones the largest entry of v is positive); and k-means
@@ -38,15 +39,18 @@ def lora_lego(updates: Sequence[LowRank], weights: Sequence[float], *, units: in
     """
     if units < 0 or units != int(units):
         raise MergeError(f"units is {units}; expected a whole number from 1, or 0 for the rank")
-    parts = [_oriented(*canonical(update)) for update in updates]
-    largest = max(len(s) for _, s, _ in parts)
+    if min(weights) < 0:
+        raise MergeError(f"a weight is {min(weights):g}; lora_lego needs weights from 0 up")
+    counted = [(update, weight) for update, weight in zip(updates, weights, strict=True) if weight]
+    parts = [(*_oriented(*canonical(update)), weight) for update, weight in counted]
+    largest = max((len(s) for _, s, _, _ in parts), default=0)
     if largest == 0:
         return concat(updates, [0.0] * len(updates))
-    mass = torch.cat([torch.full_like(s, w) for (_, s, _), w in zip(parts, weights, strict=True)])
-    left = torch.cat([u * s.sqrt() for u, s, _ in parts], dim=1) * mass.sign()
-    right = torch.cat([s.sqrt()[:, None] * vh for _, s, vh in parts])
+    mass = torch.cat([torch.full_like(s, weight) for _, s, _, weight in parts])
+    left = torch.cat([u * s.sqrt() for u, s, _, _ in parts], dim=1)
+    right = torch.cat([s.sqrt()[:, None] * vh for _, s, vh, _ in parts])
     gram = left.T @ left + right @ right.T
-    centroids = _kmeans(gram, mass.abs(), min(int(units) or largest, len(mass)))
+    centroids = _kmeans(gram, mass, min(int(units) or largest, len(mass)))
     stretch = math.sqrt(largest / (int(units) or largest))
     return LowRank((left @ centroids.T * stretch).float(), (centroids @ right).float())
 
