@@ -47,8 +47,11 @@ def dare_ties(
     density in (0, 1]. Only the ratios of the weights matter. Source: arXiv:2311.03099 with
     arXiv:2306.01708.
     """
-    weighted = torch.stack(list(dropped(updates, density, generator)))
-    return agreeing_mean(weighted.mul_(weights[:, None, None]), weights)
+    weighted = torch.empty_like(updates)
+    kept = dropped(updates, density, generator)
+    for place, update, weight in zip(weighted, kept, weights, strict=True):
+        torch.mul(update, weight, out=place)
+    return agreeing_mean(weighted, weights)
 
 
 def della(
@@ -66,8 +69,11 @@ def della(
     ratios of the weights matter. Source: arXiv:2406.11617. Ours differs: epsilon is half the
     range of the chances, as mergekit has it; the paper's ε is all of it.
     """
-    weighted = torch.stack(list(dropped_by_rank(updates, density, epsilon, generator)))
-    return agreeing_mean(weighted.mul_(weights[:, None, None]), weights)
+    weighted = torch.empty_like(updates)
+    kept = dropped_by_rank(updates, density, epsilon, generator)
+    for place, update, weight in zip(weighted, kept, weights, strict=True):
+        torch.mul(update, weight, out=place)
+    return agreeing_mean(weighted, weights)
 
 
 def della_linear(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mergeprobe.compose.merge.data import ModuleData
@@ -50,9 +51,20 @@ def exact_merge(
         inside = [as_lowrank(matrix) for matrix in space.stack]
         return space.back(row.function(inside, list(weights), **keywords).dense())
     if row.kind == "entrywise":
-        stack = torch.stack([update.dense() for update in updates])
+        stack = dense_stack(updates)
         return row.function(stack, torch.tensor(list(weights)).to(stack), **keywords)
     return row.function(updates, list(weights), **keywords)
+
+
+def dense_stack(updates: Sequence[LowRank]) -> Float[Tensor, "n out in"]:
+    """The updates themselves, each formed in its place; float32, or wider as the factors are."""
+    wide = torch.float32
+    for update in updates:
+        wide = torch.promote_types(wide, torch.promote_types(update.B.dtype, update.A.dtype))
+    stack = torch.empty(len(updates), *updates[0].shape, dtype=wide, device=updates[0].B.device)
+    for place, update in zip(stack, updates, strict=True):
+        torch.mm(update.B.to(wide), update.A.to(wide), out=place).mul_(update.scaling)
+    return stack
 
 
 def module_generator(seed: int, module: str) -> torch.Generator:
