@@ -143,6 +143,120 @@ def test_resuming_keeps_what_the_first_steps_told(tmp_path):
         assert torch.allclose(one.gradient[module], two.gradient[module], atol=1e-6)
 
 
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resuming_after_the_probe_point_leaves_the_probe_alone(tmp_path):
+    path = tmp_path / "x.safetensors"
+    saving = {"save_strategy": "steps", "save_steps": 9}
+    sft(tmp_path, [MergeProbeCallback(path), StopAt(9)], **saving)[0].train()
+    written = path.read_bytes()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="mergeprobe")
+        trainer, model = sft(tmp_path, [MergeProbeCallback(path)], **saving)
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 10
+    assert path.read_bytes() == written
+    assert [file.name for file in tmp_path.glob(".*")] == []
+    whole, untouched = sft(tmp_path, [], folder="whole")
+    whole.train()
+    ours, theirs = weights(model), weights(untouched)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resuming_after_the_probe_point_without_its_probe_says_so(tmp_path):
+    path, saving = tmp_path / "x.safetensors", {"save_strategy": "steps", "save_steps": 9}
+    sft(tmp_path, [StopAt(9)], **saving)[0].train()
+    trainer, _ = sft(tmp_path, [MergeProbeCallback(path)], **saving)
+    with pytest.warns(UserWarning, match=r"past the probe point 8.*x\.safetensors"):
+        trainer.train(resume_from_checkpoint=True)
+    assert not path.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resuming_without_what_the_first_steps_left_says_so(tmp_path):
+    path, saving = tmp_path / "x.safetensors", {"save_strategy": "steps", "save_steps": 3}
+    sft(tmp_path, [MergeProbeCallback(path), StopAt(3)], **saving)[0].train()
+    (left,) = tmp_path.glob(".*.early")
+    left.write_bytes(left.read_bytes()[:50])
+    trainer, _ = sft(tmp_path, [MergeProbeCallback(path)], **saving)
+    with pytest.warns(UserWarning, match="gone or damaged"):
+        trainer.train(resume_from_checkpoint=True)
+    probe = read_probe(path)
+    assert probe.meta["init_hash"] is None
+    assert probe.meta["halfway_step"] == 4, "still ahead when the run was resumed"
+    assert probe.halfway
+
+
+def test_several_probe_points_in_one_callback(tmp_path):
+    """Each is what a callback of its own measures at that step."""
+    several = MergeProbeCallback(
+        tmp_path / "{point}" / "math.safetensors", fraction=(0.01, 0.1, 0.9, 1.0)
+    )
+    alone = MergeProbeCallback(tmp_path / "alone.safetensors", at_step=9)
+    trainer, model = sft(tmp_path, [several, alone])
+    trainer.train()
+    plain, untouched = sft(tmp_path, [])
+    plain.train()
+    ours, theirs = weights(model), weights(untouched)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    probes = {
+        point: read_probe(tmp_path / point / "math.safetensors")
+        for point in ("1pct", "10pct", "90pct", "100pct")
+    }
+    steps = {point: probe.meta["step"] for point, probe in probes.items()}
+    assert steps == {"1pct": 8, "10pct": 8, "90pct": 9, "100pct": 10}
+    halves = {point: probe.meta["halfway_step"] for point, probe in probes.items()}
+    assert halves == {"1pct": 4, "10pct": 4, "90pct": 4, "100pct": 5}
+    assert {probe.name for probe in probes.values()} == {"math"}
+    one, two = probes["90pct"], read_probe(tmp_path / "alone.safetensors")
+    for module in two.updates:
+        assert torch.equal(one.updates[module].B, two.updates[module].B)
+        for part in ("gradient", "gradient_base", "halfway"):
+            assert torch.equal(getattr(one, part)[module], getattr(two, part)[module])
+        assert torch.equal(one.inputs[module].factor, two.inputs[module].factor)
+    assert one.calibration is not None
+    assert two.calibration is not None
+    assert torch.equal(one.calibration.base_loss, two.calibration.base_loss)
+    assert not list(tmp_path.rglob(".*.early"))
+
+
+def test_a_probe_that_cannot_be_taken_never_ends_the_run(tmp_path):
+    """A disk that fills up: a warning with the reason, the same weights, no half file."""
+    folder = tmp_path / "probes"
+
+    class Block(TrainerCallback):
+        """Puts a folder where the file is to go."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                (folder / "x.safetensors" / "occupied").mkdir(parents=True)
+
+    trainer, model = sft(tmp_path, [Block(), MergeProbeCallback(folder / "x.safetensors")])
+    with pytest.warns(UserWarning, match="no probe at step 8, training goes on: IsADirectory"):
+        trainer.train()
+    plain, untouched = sft(tmp_path, [])
+    plain.train()
+    ours, theirs = weights(model), weights(untouched)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [file.name for file in folder.iterdir() if file.name != "x.safetensors"] == [
+        ".x.safetensors.early"
+    ]
+    (folder / "x.safetensors" / "occupied").rmdir()
+    (folder / "x.safetensors").rmdir()
+    strict = MergeProbeCallback(folder / "x.safetensors", strict=True)
+    trainer, _ = sft(tmp_path, [Block(), strict])
+    with pytest.raises(IsADirectoryError):
+        trainer.train()
+
+
 def test_stopping_before_the_probe_point_is_said(tmp_path):
     path = tmp_path / "x.safetensors"
     trainer, _ = sft(tmp_path, [MergeProbeCallback(path)], steps=5)

@@ -266,3 +266,141 @@ def test_a_moment_of_one_direction_is_written(tmp_path):
     write_probe(Probe("x", {"m": update}, inputs={"m": moment}), tmp_path / "x.safetensors")
     again = read_probe(tmp_path / "x.safetensors").inputs["m"]
     assert torch.allclose(again.factor, moment.factor, rtol=0.01)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_stay_checkpointed_and_count_once(reentrant):
+    model, batch = tiny_peft(lora_dropout=0.5), tiny_batch()
+    with measuring(model):
+        plain = record(model, adapted_modules(model), batch)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    ran = []
+    layer = adapted_modules(model)["model.layers.0.mlp.up_proj"]
+    handle = layer.register_forward_hook(lambda *_: ran.append(1))
+    with measuring(model):
+        again = record(model, adapted_modules(model), batch)
+    handle.remove()
+    assert len(ran) == 2, "once forward, once more in the backward pass"
+    assert model.training
+    assert again.tokens == plain.tokens
+    for name in plain.gradient:
+        assert torch.allclose(again.gradient[name], plain.gradient[name], rtol=1e-4, atol=1e-5)
+        for part in ("inputs", "outputs"):
+            ours, theirs = getattr(again, part)[name], getattr(plain, part)[name]
+            assert ours.rows == theirs.rows
+            assert torch.allclose(ours.range, theirs.range, rtol=1e-3, atol=1e-4)
+
+
+def test_only_projections_of_the_inputs_outlive_the_forward_pass():
+    """Hooks that kept every x would undo what checkpointing saves."""
+    import gc
+    import weakref
+
+    model, batch = tiny_peft(), tiny_batch()
+    layer = adapted_modules(model)["model.layers.0.mlp.down_proj"]
+    last = adapted_modules(model)["model.layers.1.mlp.down_proj"]
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    seen, alive = [], []
+
+    def look(*_):
+        gc.collect()
+        alive.append(seen[0]() is not None)
+
+    handles = [
+        layer.register_forward_pre_hook(lambda m, args: seen.append(weakref.ref(args[0]))),
+        last.register_forward_hook(look),
+    ]
+    with measuring(model):
+        record(model, adapted_modules(model), batch)
+    for handle in handles:
+        handle.remove()
+    assert alive[0] is False, "at the end of the forward pass"
+
+
+def test_moments_are_summed_in_full_precision_under_autocast():
+    """One short item spans few directions, so the sketch of what went in is exact."""
+    model, batch = tiny_peft(), tiny_batch(items=1)
+    plain, seen = model.forward, []
+
+    def forward(*args, **kwargs):  # as accelerate wraps it
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain(*args, **kwargs)
+
+    model.forward = forward
+    name = "model.layers.0.mlp.down_proj"
+    handle = adapted_modules(model)[name].register_forward_hook(
+        lambda m, args, out: seen.append(args[0].detach())
+    )
+    with measuring(model):
+        sketch = record(model, adapted_modules(model), batch).inputs[name]
+    handle.remove()
+    assert seen[0].dtype == torch.bfloat16
+    rows = seen[0][0, : int(batch.attention_mask.sum())].double()
+    expected = rows.T @ rows
+    found = sketch.moment(per=1).dense()
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    assert sketch.trace == pytest.approx(float(expected.trace()), rel=1e-6)
+
+
+def test_what_was_frozen_stays_frozen():
+    """PEFT's disable_adapter makes an adapter trainable again when it ends."""
+    model = tiny_peft()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    take_probe(model, name="x", calibration=tiny_batch())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_padding_enters_nothing():
+    """Whatever stands in the padding, every part is the same to the bit."""
+    model, batch = tiny_peft(), tiny_batch()
+    other = torch.where(batch.attention_mask.bool(), batch.ids, torch.full_like(batch.ids, 42))
+    one = take_probe(model, name="x", calibration=batch)
+    two = take_probe(
+        model, name="x", calibration=Batch(other, batch.attention_mask, batch.completion_mask)
+    )
+    for name in one.updates:
+        for part in ("gradient", "gradient_base"):
+            assert torch.equal(getattr(one, part)[name], getattr(two, part)[name])
+        for part in ("inputs", "outputs"):
+            assert torch.equal(getattr(one, part)[name].factor, getattr(two, part)[name].factor)
+            assert getattr(one, part)[name].tail == getattr(two, part)[name].tail
+
+
+def test_rows_that_cannot_be_told_from_padding_are_refused():
+    """An expert gets the rows that were routed to it, in no order that we know."""
+    model, batch = tiny_peft(), tiny_batch()
+    layer = adapted_modules(model)["model.layers.0.mlp.down_proj"]
+
+    def as_expert(module, args, kwargs):
+        return (args[0].flatten(0, 1), *args[1:]), kwargs
+
+    layer.register_forward_pre_hook(as_expert, with_kwargs=True)
+    layer.register_forward_hook(lambda m, args, out: out.unflatten(0, (len(batch), -1)))
+    with measuring(model), pytest.raises(ProbeError, match="down_proj"):
+        record(model, adapted_modules(model), batch)
+
+
+def test_sharded_weights_are_refused(tmp_path):
+    model = tiny_peft()
+    next(model.parameters()).ds_id = 0  # DeepSpeed's ZeRO-3 marks its parameters so
+    with pytest.raises(ProbeError, match="spread over processes"):
+        ProbeRecorder(model, tmp_path / "x.safetensors", planned_steps=10)
+
+
+def test_a_model_inside_ddp_or_compile_is_found():
+    from torch import nn
+
+    from mergeprobe.capture.model import plain
+
+    model = tiny_peft()
+    wrapped = nn.DataParallel(model)
+    assert plain(wrapped) is model
+    assert plain(torch.compile(model)) is model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -10,6 +12,12 @@ from mergeprobe.capture.probe import Moment
 
 MOMENT_RANK = 8
 OVERSAMPLE = 4
+
+
+@lru_cache(maxsize=64)
+def _draw(dim: int, columns: int) -> Float[Tensor, "dim columns"]:
+    """Gaussian, one draw for all vectors of one length."""
+    return torch.randn(dim, columns, generator=torch.Generator().manual_seed(dim))
 
 
 class MomentSketch:
@@ -24,8 +32,7 @@ class MomentSketch:
     def __init__(self, dim: int, rank: int = MOMENT_RANK, device: torch.device | None = None):
         self.rank = min(rank, dim)
         columns = min(dim, OVERSAMPLE * rank)
-        generator = torch.Generator().manual_seed(dim)
-        self.omega = torch.randn(dim, columns, generator=generator).to(device)
+        self.omega = _draw(dim, columns).to(device)
         self.range = torch.zeros(dim, columns, device=device)
         # on the device: reading it after every batch would make a GPU wait
         self.total = torch.zeros((), dtype=torch.float64, device=device)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mergeprobe.adapters.checkpoint import Adapter, natural, read_adapter
 from mergeprobe.artefact import MADE_BY, atomic_file, check_schema
+from mergeprobe.capture.sound import refuse_unsound
 from mergeprobe.errors import ProbeError
 from mergeprobe.lowrank import LowRank
 
@@ -241,8 +242,10 @@ def read_probe(path: str | Path) -> Probe:
         check_schema(schema, PROBE_SCHEMA, f"probe '{path}'", ProbeError)
         if header.get("digest") != tensors_digest(tensors.items()):
             raise ProbeError(f"'{path}' is damaged: its contents do not match its digest")
-        return _assemble(meta, tensors, path)
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        probe = _assemble(meta, tensors, path)
+        refuse_unsound(probe)
+        return probe
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as problem:
         raise ProbeError(f"'{path}' is damaged: {type(problem).__name__} {problem}") from None
 
 

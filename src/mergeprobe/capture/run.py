@@ -125,7 +125,7 @@ class ProbeRecorder:
     ) -> Probe | None:
         """Call after every optimizer step (1, 2, …); returns the probe at a probe point."""
         if loss is not None:
-            self.losses.append((step, float(torch.as_tensor(loss).detach())))
+            self.losses.append((step, float(loss.detach() if isinstance(loss, Tensor) else loss)))
         if lr is not None:
             self.learning_rates.append((step, float(lr)))
         due = [point for point in self.waiting if point.step == step]
