@@ -11,7 +11,7 @@ from mergeprobe.errors import NotForecastable
 from mergeprobe.plan import Action, Forecast, Group
 from mergeprobe.predict import surrogate
 from mergeprobe.predict.blend import around, clip
-from mergeprobe.predict.pruning import harmful_modules
+from mergeprobe.predict.pruning import harmful
 
 if TYPE_CHECKING:
     from mergeprobe.predict.forecast import Forecaster
@@ -88,13 +88,13 @@ def _reweighted(
 
 
 def _pruned(forecaster: Forecaster, names: tuple[str, ...], common: dict[str, Any]) -> list[Group]:
-    """The mean with those modules dropped that harm others more than they help their own."""
+    """The mean without the modules or components that harm others more than they help their own."""
     assert forecaster.model is not None
     mine = {probe.name: probe for probe in forecaster.probes if probe.name in names}
     pruned, replaced = {}, {}
     for name in names:
-        dropped = harmful_modules(mine[name], [mine[other] for other in names if other != name])
-        if dropped.modules:
+        dropped = harmful(mine[name], [mine[other] for other in names if other != name])
+        if dropped.modules or dropped.components:
             pruned[name] = dropped
             replaced[name] = prune(forecaster.model.snapshots[name].update, dropped)
     if not pruned:
