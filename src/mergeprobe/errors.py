@@ -7,6 +7,10 @@ Every message is one line that names the thing, what it got, and what would do.
 class MergeProbeError(Exception):
     """Anything a user can put right; the command line ends with status 1."""
 
+    def __init__(self, message: str = "") -> None:
+        # names come out of files: a newline or a terminal's control code in one is shown, not sent
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
 
 class AdapterError(MergeProbeError):
     """An adapter folder that cannot be read, or holds something this version refuses."""
