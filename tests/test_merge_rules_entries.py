@@ -10,12 +10,14 @@ from mergeprobe.compose.merge.drop import dare_linear, dare_ties, della, della_l
 from mergeprobe.compose.merge.isolation import (
     core_isolation,
     core_masks,
+    core_overlap,
     groups,
     jaccard,
     overlap_lift,
 )
 from mergeprobe.compose.merge.trim import breadcrumbs, magnitude_prune
 from mergeprobe.errors import MergeError
+from mergeprobe.lowrank import LowRank
 
 PAIR = torch.tensor([[[5.0, 1.0, -4.0, 0.5]], [[0.1, -3.0, -2.0, 0.2]]])
 
@@ -128,6 +130,23 @@ def test_overlap_of_cores_and_its_lift():
     assert overlap.tolist() == [[1.0, 1 / 3], [1 / 3, 1.0]]
     # half of the entries each: chance is 0.5/1.5 = 1/3, so this overlap is chance
     assert float(overlap_lift(overlap, 0.5)[0, 1]) == pytest.approx(1.0)
+
+
+def test_overlap_of_whole_adapters_counts_entries_over_all_modules():
+    def row(*values):
+        return LowRank(torch.ones(1, 1), torch.tensor([values]))
+
+    absent = LowRank(torch.ones(1, 0), torch.ones(0, 2))
+    # cores, half of each module: {0} and {0}; then {1, 2} and {2, 3}; then {0} and none
+    modules = [
+        [row(2.0, 1.0), row(3.0, 0.0)],
+        [row(0.0, 4.0, 5.0, 1.0), row(0.0, 1.0, 2.0, 2.0)],
+        [row(7.0, 1.0), absent],
+    ]
+    overlap = core_overlap(modules, 0.5)
+    assert float(overlap[0, 1]) == pytest.approx((1 + 1) / (1 + 3 + 1))
+    with pytest.raises(MergeError, match="no module to compare"):
+        core_overlap([], 0.5)
 
 
 def test_random_cores_have_a_lift_of_about_one():

@@ -13,7 +13,7 @@ from mergeprobe.compose.merge.spaces import SPACES, canonical
 from mergeprobe.compose.merge.spectral import calibrated, iso_c, iso_cts, pico, tsv_m
 from mergeprobe.compose.merge.spherical import slerp, spherical_coefficients
 from mergeprobe.compose.merge.units import lora_lego, robust_merge
-from mergeprobe.compose.merge.wudi import wudi, wudi_exact
+from mergeprobe.compose.merge.wudi import wudi, wudi_closed
 from mergeprobe.errors import MergeError
 from mergeprobe.lowrank import LowRank
 
@@ -257,10 +257,10 @@ def test_wudi_takes_one_step_of_adam():
     assert torch.allclose(merged, torch.tensor([[5.99, 0.0]]))
 
 
-def test_wudi_goes_towards_its_exact_minimum():
+def test_wudi_goes_towards_its_minimum():
     updates = [random(seed, out=6, into=5, r=2) for seed in (1, 2)]
     stack = torch.stack([update.dense() for update in updates])
-    goal = wudi_exact(updates, [1.0, 1.0]).dense()
+    goal = wudi_closed(updates, [1.0, 1.0], ridge=0).dense()
     apart = [
         float((wudi(stack, torch.ones(2), steps=steps, learning_rate=1e-2) - goal).norm())
         for steps in (0, 300, 3000)
@@ -268,13 +268,35 @@ def test_wudi_goes_towards_its_exact_minimum():
     assert apart[0] > 2 * apart[1] > 4 * apart[2]
 
 
-def test_wudi_exact_by_hand():
+def test_wudi_closed_by_hand():
     # all on one row: the weighted mean of what they do there
     updates = [outer([2, 0], [1, 0]), outer([0, 4], [1, 0])]
-    assert close(wudi_exact(updates, [3, 1]), torch.tensor([[1.5, 0.0], [1.0, 0.0]]))
+    assert close(wudi_closed(updates, [3, 1], ridge=0), torch.tensor([[1.5, 0.0], [1.0, 0.0]]))
     # rows that share nothing: both at once
     updates = [outer([2, 0], [1, 0]), outer([0, 4], [0, 1])]
-    assert close(wudi_exact(updates, [3, 1]), torch.tensor([[2.0, 0.0], [0.0, 4.0]]))
+    assert close(wudi_closed(updates, [3, 1], ridge=0), torch.tensor([[2.0, 0.0], [0.0, 4.0]]))
+
+
+def test_wudi_with_a_ridge_goes_towards_the_mean():
+    updates = [outer([2, 0], [1, 0]), outer([0, 4], [0, 1])]
+    # Σ G = I, so λ = ridge: halfway between both at once and their mean
+    merged = wudi_closed(updates, [1, 1], ridge=1.0)
+    assert close(merged, torch.tensor([[2.0, 0.0], [0.0, 4.0]]) * 0.75)
+
+
+def test_the_ridge_keeps_updates_that_share_their_init_short():
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(4, 40, generator=draw)
+    updates = [
+        LowRank(
+            torch.randn(30, 4, generator=draw), start + 0.1 * torch.randn(4, 40, generator=draw)
+        )
+        for _ in range(5)
+    ]
+    size = float(updates[0].dense().norm())
+    exact, held = (wudi_closed(updates, [1.0] * 5, ridge=ridge).dense() for ridge in (0, 0.1))
+    assert float(exact.norm()) > 10 * size
+    assert float(held.norm()) < 3 * size
 
 
 def data(*variances):
@@ -347,7 +369,8 @@ TWO = [random(1), random(2)]
         (lambda: iso_cts(TWO, [1, 1], common=0), "common is 0"),
         (lambda: wudi(torch.ones(2, 3, 3), torch.ones(2), steps=0.5), "steps 0.5"),
         (lambda: wudi(torch.ones(2, 3, 3), torch.ones(2), learning_rate=0), "learning_rate 0"),
-        (lambda: wudi_exact(TWO, [1, -2]), "weight is -2"),
+        (lambda: wudi_closed(TWO, [1, -2]), "weight is -2"),
+        (lambda: wudi_closed(TWO, [1, 1], ridge=-1), "ridge is -1"),
         (lambda: ssr(TWO, [1, 1], data=[], ridge=-1), "ridge is -1"),
         (lambda: core_isolation_lowrank(TWO, [1, 1], components=0), "components is 0"),
     ],

@@ -232,14 +232,15 @@ def wudi(stack, steps=300, learning_rate=1e-5):
     return merged.detach().numpy()
 
 
-def wudi_exact(stack):
-    """M ΔWᵢᵀ/‖ΔWᵢ‖ = ΔWᵢ ΔWᵢᵀ/‖ΔWᵢ‖ for all i at once, by least squares."""
-    used = [one / np.linalg.norm(one) for one in stack if one.any()]
-    sides = np.concatenate(used, axis=0)
-    wanted = np.concatenate(
-        [one / np.linalg.norm(one) @ one.T for one in stack if one.any()], axis=0
-    )
-    return np.linalg.lstsq(sides, wanted, rcond=1e-6)[0].T
+def wudi_closed(stack, ridge=0.1):
+    """M ΔWᵢᵀ/‖ΔWᵢ‖ = ΔWᵢ ΔWᵢᵀ/‖ΔWᵢ‖ for all i, and √λ M = √λ mean, by least squares."""
+    used = [one for one in stack if one.any()]
+    sides = np.concatenate([one / np.linalg.norm(one) for one in used])
+    wanted = np.concatenate([one / np.linalg.norm(one) @ one.T for one in used])
+    root = np.sqrt(ridge * (sides**2).sum() / rank(sides))
+    sides = np.concatenate([sides, root * np.eye(stack.shape[2])])
+    wanted = np.concatenate([wanted, root * np.mean(used, axis=0).T])
+    return np.linalg.lstsq(sides, wanted)[0].T
 
 
 def ssr(stack, inputs, ridge=1e-4, **_):
@@ -357,7 +358,7 @@ ORACLES = {
     "iso_cts": iso_cts,
     "pico": pico,
     "wudi": wudi,
-    "wudi_exact": wudi_exact,
+    "wudi_closed": wudi_closed,
     "ssr": ssr,
     "core_isolation": core_isolation,
     "core_isolation_lowrank": core_isolation_lowrank,

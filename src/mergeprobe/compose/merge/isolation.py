@@ -8,7 +8,7 @@ take all; and they are sets of entries (`core_isolation`) or of rank-one directi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -118,8 +118,30 @@ def core_masks(updates: Float[Tensor, "n out in"], core: float) -> Bool[Tensor, 
 
 def jaccard(masks: Bool[Tensor, "n *shape"]) -> Float[Tensor, "n n"]:
     """|Cᵢ ∩ Cⱼ| / |Cᵢ ∪ Cⱼ| of the cores, in [0, 1]; 0 for two empty ones, 1 with itself."""
+    return _over_union(_common(masks))
+
+
+def core_overlap(modules: Iterable[Sequence[LowRank]], core: float) -> Float[Tensor, "n n"]:
+    """The Jaccard index of whole adapters' cores, `core` of the entries of each module.
+
+    modules: the adapters' updates at one module after another, of rank 0 where one lacks it. For
+    `groups` and `overlap_lift`: which adapters lean on the same weights. Dense, a module at a time.
+    """
+    common = None
+    for updates in modules:
+        masks = core_masks(torch.stack([update.dense() for update in updates]), core)
+        common = _common(masks) + (0 if common is None else common)
+    if common is None:
+        raise MergeError("no module to compare; expected the updates at one at least")
+    return _over_union(common)
+
+
+def _common(masks: Bool[Tensor, "n *shape"]) -> Float[Tensor, "n n"]:
     flat = masks.flatten(1).float()
-    common = (flat @ flat.T).double()
+    return (flat @ flat.T).double()
+
+
+def _over_union(common: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     size = common.diagonal()
     union = size[:, None] + size - common
     overlap = common / union.clamp(min=1)

@@ -27,7 +27,7 @@ from mergeprobe.compose.merge.spectral import iso_c, iso_cts, pico, svc, tsv_m
 from mergeprobe.compose.merge.spherical import slerp
 from mergeprobe.compose.merge.trim import breadcrumbs, magnitude_prune
 from mergeprobe.compose.merge.units import lora_lego, robust_merge
-from mergeprobe.compose.merge.wudi import wudi, wudi_exact
+from mergeprobe.compose.merge.wudi import wudi, wudi_closed
 
 # what a rule keeps with its default options; the contract test checks each claim
 PERMUTATION = "permutation"  # the order of the adapters does not matter
@@ -97,7 +97,7 @@ METHODS: dict[str, Method] = {
         "entrywise",
         "keep the largest entries, elect a sign for each, average those that agree",
         "arXiv:2306.01708",
-        defaults={"density": 0.2},
+        defaults={"density": 0.2, "normalise": 1},
         weights="ratios",
         keeps=frozenset({PERMUTATION, GAUGE}),  # trimming drops entries of a single adapter too
         # exactly tied or nearly tied entries can fall on either side of the trim
@@ -150,7 +150,7 @@ METHODS: dict[str, Method] = {
         "entrywise",
         "entries dropped at random, signs elected, those that agree averaged",
         "arXiv:2311.03099",
-        defaults={"density": 0.5},
+        defaults={"density": 0.5, "normalise": 1},
         weights="ratios",
         keeps=frozenset({GAUGE}),  # another order, other draws
         seeded=True,
@@ -160,7 +160,7 @@ METHODS: dict[str, Method] = {
         "entrywise",
         "small entries dropped more often, signs elected, those that agree averaged",
         "arXiv:2406.11617",
-        defaults={"density": 0.5, "epsilon": 0.15},
+        defaults={"density": 0.5, "epsilon": 0.15, "normalise": 1},
         weights="ratios",
         keeps=frozenset({GAUGE}),  # another order, other draws
         tolerance=1e-3,  # tied entries, as for ties
@@ -251,11 +251,12 @@ METHODS: dict[str, Method] = {
         # Adam divides by the gradient's size: where that is rounding, so is the step
         tolerance=1e-4,
     ),
-    "wudi_exact": Method(
-        wudi_exact,
+    "wudi_closed": Method(
+        wudi_closed,
         "lowrank",
         "the merge that does best on each update's own rows what that update does",
         "arXiv:2503.08099",
+        defaults={"ridge": 0.1},
         weights="ratios",
         tolerance=1e-4,
     ),
