@@ -4,6 +4,7 @@ from mergeprobe.compose.apply import apply_plan, deployed
 from mergeprobe.compose.deployment import Deployment, read_deployment
 from mergeprobe.compose.executor import Executor
 from mergeprobe.compose.merge import METHODS, Merged, merge
+from mergeprobe.compose.osrm import osrm_init, start_from
 from mergeprobe.compose.prune import prune
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "apply_plan",
     "deployed",
     "merge",
+    "osrm_init",
     "prune",
     "read_deployment",
+    "start_from",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mergeprobe.adapters.checkpoint import WEIGHTS, Adapter, check_same_base
 from mergeprobe.artefact import refuse_existing, sha256
@@ -150,8 +151,9 @@ def _merge(
         for name in group.adapters
     ]
     assert group.method is not None  # the plan's own check
+    options: dict[str, Any] = dict(group.options)
     try:
-        row = check_options(group.method, group.options)
+        row = check_options(group.method, options)
         merged = merge(
             parts,
             group.method,
@@ -161,7 +163,7 @@ def _merge(
             probes=_probes(group, row.needs, probes),
             seed=group.seed,
             name=group.name,
-            **group.options,
+            **options,
         )
     except MergeError as problem:
         raise PlanError(f"group '{group.name}': {problem}") from None
