@@ -41,17 +41,18 @@ def dare_ties(
     *,
     generator: torch.Generator,
     density: float = 0.5,
+    normalise: float = 1,
 ) -> Float[Tensor, "out in"]:
     """DARE, then TIES' election of signs and mean of those that agree, without its trimming.
 
-    density in (0, 1]. Only the ratios of the weights matter. Source: arXiv:2311.03099 with
-    arXiv:2306.01708.
+    density in (0, 1]. normalise: 1 averages those that agree, so that only the ratios of the
+    weights matter; 0 adds them. Source: arXiv:2311.03099 with arXiv:2306.01708.
     """
     weighted = torch.empty_like(updates)
     kept = dropped(updates, density, generator)
     for place, update, weight in zip(weighted, kept, weights, strict=True):
         torch.mul(update, weight, out=place)
-    return agreeing_mean(weighted, weights)
+    return agreeing_mean(weighted, weights, normalise)
 
 
 def della(
@@ -61,19 +62,21 @@ def della(
     generator: torch.Generator,
     density: float = 0.5,
     epsilon: float = 0.15,
+    normalise: float = 1,
 ) -> Float[Tensor, "out in"]:
     """DELLA: larger entries of a row are kept more often; then signs are elected, as in TIES.
 
     The chance to stay rises with an entry's magnitude rank in its row, evenly from density −
-    epsilon to density + epsilon, both in (0, 1]; what stays is divided by its chance. Only the
-    ratios of the weights matter. Source: arXiv:2406.11617. Ours differs: epsilon is half the
-    range of the chances, as mergekit has it; the paper's ε is all of it.
+    epsilon to density + epsilon, both in (0, 1]; what stays is divided by its chance. normalise: 1
+    averages those that agree, so that only the ratios of the weights matter; 0 adds them.
+    Source: arXiv:2406.11617. Ours differs: epsilon is half the range of the chances, as mergekit
+    has it; the paper's ε is all of it.
     """
     weighted = torch.empty_like(updates)
     kept = dropped_by_rank(updates, density, epsilon, generator)
     for place, update, weight in zip(weighted, kept, weights, strict=True):
         torch.mul(update, weight, out=place)
-    return agreeing_mean(weighted, weights)
+    return agreeing_mean(weighted, weights, normalise)
 
 
 def della_linear(

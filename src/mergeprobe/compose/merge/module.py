@@ -17,7 +17,7 @@ from mergeprobe.compose.merge.data import ModuleData
 from mergeprobe.compose.merge.recipe import Recipe
 from mergeprobe.compose.merge.recompress import cut, cut_exactly, recompress
 from mergeprobe.compose.merge.spaces import SPACES, as_lowrank
-from mergeprobe.lowrank import LowRank, norm, truncate
+from mergeprobe.lowrank import LowRank, concat, norm, truncate
 
 # the exact merge of one module: factors of a low-rank rule, or a dense float32 (out, in) matrix
 Exact = LowRank | Tensor
@@ -30,11 +30,22 @@ def exact_merge(
     weights: Sequence[float],
     data: Sequence[ModuleData] = (),
 ) -> Exact:
-    """What the rule says about one module, before any truncation.
+    """What the recipe says about one module, before any truncation.
 
     updates: one for each adapter, of rank 0 where it lacks the module. data: for rules that need
     it, one for each update.
     """
+    exact = _by_rule(recipe, module, updates, weights, data)
+    return exact if recipe.scaling == 1.0 else exact * recipe.scaling
+
+
+def _by_rule(
+    recipe: Recipe,
+    module: str,
+    updates: Sequence[LowRank],
+    weights: Sequence[float],
+    data: Sequence[ModuleData],
+) -> Exact:
     row = recipe.row
     keywords: dict[str, Any] = dict(recipe.options)
     if row.seeded:
@@ -95,6 +106,19 @@ def written(exact: Exact, recipe: Recipe, exact_rank: int) -> tuple[LowRank, flo
     # more columns than the matrix has rank: recompressing loses nothing
     found, error = truncate(exact, min(exact.shape))
     return found, error, norm(exact)
+
+
+def rounded(
+    update: LowRank, exact: Exact, size: float, dtype: torch.dtype
+) -> tuple[LowRank, float]:
+    """The update with its factors rounded to `dtype`, and the relative error against `exact`."""
+    left, right = update.folded()
+    found = LowRank(left.to(dtype).to(left.dtype), right.to(dtype).to(right.dtype))
+    if isinstance(exact, Tensor):
+        lost = float(torch.linalg.vector_norm(exact - found.dense()))
+    else:
+        lost = norm(concat([exact, found], [1.0, -1.0]))
+    return found, lost / size if size > 0 else 0.0
 
 
 def exact_rank(updates: Sequence[LowRank]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ class Recipe:
     options: the rule's own, defaults filled in. weights: by part of the model (weights.py).
     rank: of what is written, or None for the exact one. space: of SPACES, in
     which the rule runs. seed: of everything drawn at random. exact_svd: no sampled SVD.
+    scaling: of the merge as a whole, after its rule (TIES' final λ).
     """
 
     names: tuple[str, ...]
@@ -29,6 +31,7 @@ class Recipe:
     space: str
     seed: int
     exact_svd: bool = False
+    scaling: float = 1.0
 
     @property
     def row(self) -> Method:
@@ -43,6 +46,7 @@ class Recipe:
             "weights": plain(self.weights),
             "rank": self.rank,
             "space": self.space,
+            "scaling": self.scaling,
             "seed": self.seed if self.row.seeded else None,
         }
 
@@ -57,6 +61,7 @@ def recipe(
     space: str = "full",
     seed: int = 0,
     exact_svd: bool = False,
+    scaling: float = 1.0,
 ) -> Recipe:
     """Raises MergeError, in one line, for whatever of it cannot be."""
     row = check_options(method, options)
@@ -72,7 +77,9 @@ def recipe(
         raise MergeError(f"rank is {rank}; expected at least 1, or None to keep the exact rank")
     _check_space(method, row, space)
     chosen = {**row.defaults, **options}
-    return Recipe(tuple(names), method, chosen, given, rank, space, seed, exact_svd)
+    if not math.isfinite(scaling):
+        raise MergeError(f"scaling is {scaling}; expected a finite number, such as 1")
+    return Recipe(tuple(names), method, chosen, given, rank, space, seed, exact_svd, scaling)
 
 
 def _check_space(method: str, row: Method, space: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mergeprobe.adapters.checkpoint import Adapter, check_same_base, natural, shared_placement
+from mergeprobe.adapters.extras import average_extras
 from mergeprobe.capture.probe import Probe
 from mergeprobe.compose.merge.data import (
     Probes,
@@ -78,6 +79,7 @@ def merge(
     probes: Probes | None = None,
     seed: int = 0,
     exact_svd: bool = False,
+    scaling: float = 1.0,
     name: str = "merged",
     **options: Any,
 ) -> Merged:
@@ -91,8 +93,9 @@ def merge(
     certificate says what was lost. space: "full", or a small space of spaces.SPACES in which the
     rule is carried out. probes: for the rules that need data (METHODS[method].needs), one per
     adapter in their order, or by name. seed: for what is drawn at random, module by module.
-    exact_svd: cut dense results and long sums by a full SVD, not by a sampled one. options: the
-    rule's own (METHODS[method].defaults).
+    exact_svd: cut dense results and long sums by a full SVD, not by a sampled one. scaling: of
+    the merge as a whole, such as TIES' final λ. options: the rule's own
+    (METHODS[method].defaults).
 
     A module that only some adapters have counts as a zero update in the others. Deterministic.
     Raises MergeError for a rule, weight, rank, option or missing data that cannot be,
@@ -102,7 +105,7 @@ def merge(
     names = [adapter.name for adapter in adapters]
     asked = recipe(
         names, method, options, weights=weights, rank=rank, space=space, seed=seed,
-        exact_svd=exact_svd,
+        exact_svd=exact_svd, scaling=scaling,
     )  # fmt: skip
     given = probes_for(method, asked.row.needs, names, probes)
     check_adapters(adapters)
@@ -119,6 +122,7 @@ def merge(
         fingerprint=fingerprint,
         config=shared_placement(adapters),
         card=asked.card() | {"certificate": asdict(certificate)},
+        extras=average_extras(adapters, asked.weights["all"]),
     )
     return Merged(merged, certificate)
 

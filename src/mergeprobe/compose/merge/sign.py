@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mergeprobe.compose.merge.trim import keep_largest
+from mergeprobe.errors import MergeError
 
 
 def ties(
@@ -14,26 +15,31 @@ def ties(
     weights: Float[Tensor, " n"],
     *,
     density: float = 0.2,
+    normalise: float = 1,
 ) -> Float[Tensor, "out in"]:
     """TIES: trim each update, elect a sign per entry, average those that agree.
 
-    density: the share of entries kept in each update, in (0, 1]. Only the ratios of the weights
-    matter. Source: arXiv:2306.01708. Ours differs: it trims per module, not over the whole model;
-    the election and the average are weighted; the final lambda is left to the caller.
+    density: the share of entries kept in each update, in (0, 1]. normalise: 1 averages those that
+    agree, so that only the ratios of the weights matter; 0 adds them. Source: arXiv:2306.01708.
+    Ours differs: it trims per module, not over the whole model; the election and the average are
+    weighted; the final λ is the merge's `scaling`.
     """
     weighted = torch.empty_like(updates)
     for kept, update, weight in zip(weighted, updates, weights, strict=True):
         torch.mul(keep_largest(update, density), weight, out=kept)
-    return agreeing_mean(weighted, weights)
+    return agreeing_mean(weighted, weights, normalise)
 
 
 def agreeing_mean(
-    weighted: Float[Tensor, "n out in"], weights: Float[Tensor, " n"]
+    weighted: Float[Tensor, "n out in"], weights: Float[Tensor, " n"], normalise: float = 1
 ) -> Float[Tensor, "out in"]:
     """Per entry: the sign of the sum is elected, and those of that sign are averaged.
 
     weighted: wᵢ ΔWᵢ, already trimmed; an entry of 0 has no vote and no share in the mean.
+    normalise: 0 for their sum in place of the mean.
     """
+    if normalise not in (0, 1):
+        raise MergeError(f"normalise is {normalise}; expected 1 for a mean, or 0 for a sum")
     # no boolean masks: on a CPU they take ten times as long as the float operations they replace
     elected = weighted.sum(dim=0).sign_()
     total, mass = torch.zeros_like(elected), torch.zeros_like(elected)
@@ -41,5 +47,7 @@ def agreeing_mean(
         agreeing = (kept * elected).clamp_(min=0)
         total += agreeing
         mass.add_(agreeing.sign_(), alpha=float(weight.abs()))
+    if not normalise:
+        return elected * total
     # where nobody agrees the sum is 0 too, so any divisor but 0 will do
     return elected * total / mass.clamp_(min=torch.finfo(mass.dtype).tiny)

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mergeprobe.adapters.checkpoint import (
     Adapter,
     check_same_base,
@@ -22,7 +24,7 @@ from mergeprobe.adapters.checkpoint import (
 from mergeprobe.adapters.weights import BaseWeights
 from mergeprobe.artefact import refuse_existing
 from mergeprobe.compose.merge.data import Probes, probes_for
-from mergeprobe.compose.merge.module import exact_rank, written
+from mergeprobe.compose.merge.module import exact_rank, rounded, written
 from mergeprobe.compose.merge.recipe import Recipe, recipe
 from mergeprobe.compose.merge.run import (
     Certificate,
@@ -70,6 +72,8 @@ def merge_folders(
     probes: Probes | None = None,
     seed: int = 0,
     exact_svd: bool = False,
+    scaling: float = 1.0,
+    dtype: torch.dtype = torch.float32,
     base: Any = None,
     stated: dict[str, Any] | None = None,
     force: bool = False,
@@ -79,7 +83,8 @@ def merge_folders(
     """Merges PEFT folders by a rule of METHODS into one PEFT folder `out`, whole or not at all.
 
     As `merge`, but for the rank: None keeps what is exact up to LARGEST_SERVED, and one above the
-    exact rank is refused, for it would store zeros. base: the base model, where a folder needs it
+    exact rank is refused, for it would store zeros. dtype: of what is written; the certificate
+    counts its rounding. base: the base model, where a folder needs it
     to be read (DoRA and other types that depend on the base's weights). stated: further entries of
     the card. Raises what `merge` and `read_adapter` raise, and OutputExists.
     """
@@ -91,7 +96,7 @@ def merge_folders(
     fingerprint = check_same_base(adapters)
     asked = recipe(
         names, method, options, weights=weights, space=space, seed=seed, exact_svd=exact_svd,
-        rank=rank if rank is not None else _served_rank(adapters),
+        scaling=scaling, rank=rank if rank is not None else _served_rank(adapters),
     )  # fmt: skip
     given = probes_for(method, asked.row.needs, names, probes)
     highest = _highest_rank(adapters, asked)
@@ -104,13 +109,20 @@ def merge_folders(
     untrained = set(names)
     for done, (module, exact, at_most) in enumerate(each_module(adapters, asked, given)):
         update, error, size = written(exact, asked, at_most)
+        if dtype is not torch.float32:
+            update, error = rounded(update, exact, size, dtype)
         spool.add(module, update)
         errors.add(module, error, size)
         untrained -= {a.name for a in adapters if _trained(a, module)} if untrained else set()
         progress(done + 1, total, module)
     _refuse_untrained(adapters, untrained)
     certificate = errors.certificate()
-    card = asked.card() | (stated or {}) | {"certificate": asdict(certificate)}
+    card = (
+        asked.card()
+        | {"dtype": str(dtype).removeprefix("torch.")}
+        | (stated or {})
+        | {"certificate": asdict(certificate)}
+    )
     merged = Adapter(
         out.name,
         spool.updates(),
@@ -118,7 +130,7 @@ def merge_folders(
         fingerprint=fingerprint,
         config=shared_placement(adapters),
     )
-    write_adapter(merged, out, card=card, force=force)
+    write_adapter(merged, out, card=card, dtype=dtype, force=force)
     stored = max(merged.ranks)
     entries = stored * sum(sum(update.shape) for update in merged.modules.values())
     return Written(out, tuple(names), certificate, stored, highest, entries)
