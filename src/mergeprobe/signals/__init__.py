@@ -1,5 +1,8 @@
 """Probes -> numbers: the file tier of measurement, which needs no model."""
 
+from mergeprobe.signals.families import FAMILIES, Effort
+from mergeprobe.signals.measure import measure
+from mergeprobe.signals.on_disk import on_disk
 from mergeprobe.signals.rows import (
     adapter_rows,
     layer_rows,
@@ -12,12 +15,16 @@ from mergeprobe.signals.rows import (
 from mergeprobe.signals.table import SIGNALS, Signal, markdown
 
 __all__ = [
+    "FAMILIES",
     "SIGNALS",
+    "Effort",
     "Signal",
     "adapter_rows",
     "layer_rows",
     "linear",
     "markdown",
+    "measure",
+    "on_disk",
     "pair_rows",
     "quadratic",
     "set_rows",

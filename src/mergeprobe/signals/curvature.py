@@ -13,136 +13,200 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mergeprobe.signals.panel import Panel
+from mergeprobe.signals.panel import Panel, known_sum
 from mergeprobe.signals.site import Site, ratio
+from mergeprobe.signals.stack import Stack
 
 FULL_TRIPLES = 20  # with more adapters only the diagonal and the (i, a) part of the triples
 LOAD = 0.5  # the tolerated load τ at which `capacity` is stated
 
+SIDES = {"outputs": 0, "inputs": 2}  # which of U, σ, V a moment is on the side of
+OWN = ("form", "moved", "even")
+
+# Fᵀ of every moment, zero-padded to one q, and the tails
+Factors = tuple[Float[Tensor, "b q size"], Float[Tensor, " b"]]
+
 
 def products(site: Site) -> dict[str, Tensor]:
-    """disturbance [i, a] = ⟨ΔW_a, F_i ΔW_a⟩ and own [i, a] = ⟨ΔW_i, F_i ΔW_a⟩.
+    """disturbance: ⟨ΔW_a, F_b ΔW_a⟩. cross: ⟨ΔW_b, F_b ΔW_a⟩. data: tr(ΔW_a S_b ΔW_aᵀ).
 
-    data [i, a] = tr(ΔW_a S_i ΔW_aᵀ); even (n,) = ‖ΔW_i‖² tr S_i / in. NaN where i has no moments
-    or does not adapt the module; an absent a contributes 0.
+    NaN where b has no moments or does not adapt the module; an absent a contributes 0.
     """
-    n, present = site.n, torch.tensor(site.present)
-    disturbance, own, data = (torch.full((n, n), torch.nan, dtype=torch.float64) for _ in range(3))
-    even = torch.full((n,), torch.nan, dtype=torch.float64)
-    if who := [i for i in site.rows("inputs") if i in site.present]:
-        seen, tails = _seen(site, who, "inputs")
-        length = seen.square().sum(1) + tails[:, None, None]
-        data[who] = 0.0
-        data[torch.tensor(who)[:, None], present] = (site.sigma.square() * length).sum(-1)
-        traces = [site.probes[i].inputs[site.module].trace for i in who]
-        energy = site.each(site.energy)[who]
-        even[who] = energy * torch.tensor(traces, dtype=torch.float64) / site.right.shape[1]
-    if who := _measured(site):
-        rows = torch.tensor([site.present.index(i) for i in who])
-        everyone = torch.arange(len(present))
-        same, mine = site.joint[everyone, everyone], site.joint[rows]
-        for part, cross in (("outputs", site.cross_left), ("inputs", site.cross_right)):
-            seen, tails = _seen(site, who, part)
-            tails = tails[:, None, None, None]
-            ours = seen[torch.arange(len(who)), :, rows]
-            same = same * (
-                torch.einsum("iqak,iqal->iakl", seen, seen) + tails * cross[everyone, everyone]
-            )
-            mine = mine * (torch.einsum("iqk,iqal->iakl", ours, seen) + tails * cross[rows])
-        disturbance[who], own[who] = 0.0, 0.0
-        where = torch.tensor(who)[:, None]
-        disturbance[where, present] = same.sum((-1, -2))
-        own[where, present] = mine.sum((-1, -2))
-    return {"disturbance": disturbance, "own": own, "data": data, "even": even}
+    shape = len(site.rows.span), len(site.columns.span)
+    like = site.rows.scale
+    out = {
+        name: torch.full(shape, torch.nan, dtype=torch.float64, device=like.device)
+        for name in ("disturbance", "cross", "data")
+    }
+    a = torch.tensor(site.rows.places, dtype=torch.long)[:, None]
+    if who := _with(site.columns, "inputs"):
+        out["data"][:, _places(site.columns, who)] = 0.0
+        found = _data(site.rows, site.columns, who)
+        out["data"][a, _places(site.columns, who)] = found
+    if who := _with(site.columns, "inputs", "outputs"):
+        there = _places(site.columns, who)
+        out["disturbance"][:, there] = out["cross"][:, there] = 0.0
+        forms = _disturbance(site, who)
+        out["disturbance"][a, there], out["cross"][a, there] = forms
+    return out
 
 
-def triple_products(site: Site) -> dict[str, Tensor]:
-    """triples [i, a, b] = ⟨ΔW_a, F_i ΔW_b⟩, NaN where i has no moments or no update here."""
-    n, present = site.n, torch.tensor(site.present)
+def own(stack: Stack) -> dict[str, Tensor]:
+    """form: ⟨ΔW, F ΔW⟩ of the own moments; moved: tr(ΔW S ΔWᵀ); even: ‖ΔW‖² tr S / in."""
+    out = {name: torch.full_like(stack.each(stack.scale), torch.nan) for name in OWN}
+    if who := _with(stack, "inputs"):
+        there, sigma = _places(stack, who), stack.sigma[who]
+        seen, tails = _own_seen(stack, "inputs", who)
+        length = seen.square().sum(1) + tails[:, None]
+        out["moved"][there] = (sigma.square() * length).sum(-1)
+        traces = [stack.probes[stack.where[w]].inputs[stack.module].trace for w in who]
+        even = torch.tensor(traces, dtype=torch.float64) / stack.right.shape[2]
+        out["even"][there] = stack.energy[who] * even.to(sigma)
+    if who := _with(stack, "inputs", "outputs"):
+        sigma = stack.sigma[who]
+        form = sigma[:, :, None] * sigma[:, None, :]
+        for part in ("outputs", "inputs"):
+            seen, tails = _own_seen(stack, part, who)
+            same = torch.diag_embed((sigma > 0).double())
+            form = form * (seen.mT @ seen + tails[:, None, None] * same)
+        out["form"][_places(stack, who)] = form.sum((-1, -2))
+    return out
+
+
+def triples(stack: Stack) -> Float[Tensor, "n n n"]:
+    """[i, a, b] = ⟨ΔW_a, F_i ΔW_b⟩, NaN where i has no moments or no update here."""
+    n, present = len(stack.span), torch.tensor(stack.places)
     out = torch.full((n, n, n), torch.nan, dtype=torch.float64)
-    if who := _measured(site):
-        out[who] = 0.0
-        where = torch.tensor(who)[:, None, None]
-        out[where, present[:, None], present] = _forms(site, who, list(range(len(present))))
-    return {"triples": out}
+    if who := _with(stack, "inputs", "outputs"):
+        there = torch.tensor(_places(stack, who))
+        out[there] = 0.0
+        out[there[:, None, None], present[:, None], present] = _forms(stack, who).cpu()
+    return out
 
 
-def set_products(site: Site, sets: tuple[tuple[int, ...], ...]) -> dict[str, Tensor]:
-    """joint [s, i] = ⟨T, F_i T⟩ with T the sum of the updates of the others in set s."""
-    out = torch.full((len(sets), site.n), torch.nan, dtype=torch.float64)
-    measured = set(_measured(site))
-    for row, members in enumerate(sets):
-        here = [i for i in members if i in site.present]
-        who = [i for i in here if i in measured]
-        if not who:
-            continue
-        forms = _forms(site, who, [site.present.index(i) for i in here])
-        others = torch.tensor([[float(j != i) for j in here] for i in who], dtype=torch.float64)
-        out[row, who] = torch.einsum("iab,ia,ib->i", forms, others, others)
-    return {"joint": out}
+def set_products(stack: Stack) -> Float[Tensor, " span"]:
+    """joint: ⟨T, F_i T⟩ with T the sum of the others' updates, for each member i; NaN where it
+    was not measured."""
+    out = torch.full((len(stack.span),), torch.nan, dtype=torch.float64)
+    if who := _with(stack, "inputs", "outputs"):
+        others = torch.ones(len(who), len(stack.where), dtype=torch.float64)
+        others[torch.arange(len(who)), who] = 0.0
+        forms = _forms(stack, who).cpu()
+        out[_places(stack, who)] = torch.einsum("iab,ia,ib->i", forms, others, others)
+    return out
 
 
-def _measured(site: Site) -> list[int]:
-    """The probes that adapt this module and have both moments of it."""
-    with_outputs = set(site.rows("outputs"))
-    return [i for i in site.rows("inputs") if i in with_outputs and i in site.present]
+def _with(stack: Stack, *parts: str) -> list[int]:
+    """Which of `where` have these parts of the module."""
+    return [
+        place
+        for place, i in enumerate(stack.where)
+        if all(stack.module in getattr(stack.probes[i], part) for part in parts)
+    ]
+
+
+def _places(stack: Stack, who: list[int]) -> list[int]:
+    places = stack.places
+    return [places[place] for place in who]
+
+
+def _factors(stack: Stack, part: str, who: list[int]) -> Factors:
+    """The moments of `who` (made once a stack for all of its probes)."""
+    key = f"{part} {who}"
+    if key not in stack.made:
+        moments = [getattr(stack.probes[stack.where[w]], part)[stack.module] for w in who]
+        q = max(moment.factor.shape[1] for moment in moments)
+        size = moments[0].factor.shape[0]
+        factors = torch.zeros(len(who), q, size, dtype=torch.float64)
+        for row, moment in enumerate(moments):
+            factors[row, : moment.factor.shape[1]] = moment.factor.detach().T
+        tails = torch.tensor([moment.tail for moment in moments], dtype=torch.float64)
+        stack.made[key] = factors.to(stack.scale.device), tails.to(stack.scale.device)
+    return stack.made[key]
 
 
 def _seen(
-    site: Site, who: list[int], part: str, places: list[int] | None = None
-) -> tuple[Float[Tensor, "i q p r"], Float[Tensor, " i"]]:
-    """Fᵀ U ("outputs") or Fᵀ V ("inputs") for every i in `who`, and the moments' tails.
-
-    places: of the updates within the site; all of them by default.
-    """
-    holders, seen, tails = site.seen_left if part == "outputs" else site.seen_right
-    rows = [holders.index(i) for i in who]
-    seen = seen[rows]
-    return (seen if places is None else seen[:, :, places]), tails[rows]
+    factors: Float[Tensor, "b q size"], vectors: Float[Tensor, "r a size"]
+) -> Float[Tensor, "b q a r"]:
+    """Every direction of every update through every moment."""
+    r, a, _ = vectors.shape
+    flat = factors.flatten(0, 1) @ vectors.flatten(0, 1).double().mT
+    return flat.reshape(*factors.shape[:2], r, a).transpose(2, 3)
 
 
-def _forms(site: Site, who: list[int], places: list[int]) -> Float[Tensor, "i c c"]:
+def _own_seen(
+    stack: Stack, part: str, who: list[int]
+) -> tuple[Float[Tensor, "b q r"], Float[Tensor, " b"]]:
+    """Each one's own directions through its own moment."""
+    factors, tails = _factors(stack, part, who)
+    vectors = stack.svd[SIDES[part]][:, who].double()
+    return torch.einsum("bqx,rbx->bqr", factors, vectors), tails
+
+
+def _data(rows: Stack, columns: Stack, who: list[int]) -> Float[Tensor, "a b"]:
+    """tr(ΔW_a S_b ΔW_aᵀ) for a of the rows, b of `who`."""
+    factors, tails = _factors(columns, "inputs", who)
+    length = _seen(factors, rows.svd[2]).square().sum(1) + tails[:, None, None]
+    return (rows.sigma.square() * length).sum(-1).T
+
+
+def _disturbance(site: Site, who: list[int]) -> tuple[Float[Tensor, "a b"], Float[Tensor, "a b"]]:
+    """⟨ΔW_a, F_b ΔW_a⟩ and ⟨ΔW_b, F_b ΔW_a⟩ for a of the rows, b of `who`."""
+    rows, columns = site.rows, site.columns
+    same = torch.diag_embed((rows.sigma > 0).double())
+    form = rows.sigma[:, :, None] * rows.sigma[:, None, :]
+    cross = site.joint[:, who].permute(1, 0, 3, 2)
+    for part, between in (("outputs", site.cross_left), ("inputs", site.cross_right)):
+        ours, tails = _own_seen(columns, part, who)
+        tails = tails[:, None, None, None]
+        seen = _seen(_factors(columns, part, who)[0], rows.svd[SIDES[part]])
+        form = form * (torch.einsum("bqak,bqal->bakl", seen, seen) + tails * same)
+        even = between[:, who].permute(1, 0, 3, 2)
+        cross = cross * (torch.einsum("bqk,bqal->bakl", ours, seen) + tails * even)
+    return form.sum((-1, -2)).T, cross.sum((-1, -2)).T
+
+
+def _forms(stack: Stack, who: list[int]) -> Float[Tensor, "i c c"]:
     """⟨ΔW_a, F_i ΔW_b⟩ = Σ_kl σ_ak σ_bl (U_aᵀD_iU_b)_kl (V_aᵀS_iV_b)_kl."""
-    count, r = len(places), site.sigma.shape[1]
-    sigma = site.sigma[places].flatten()
+    count, r = stack.sigma.shape
+    sigma = stack.sigma.flatten()
     found = sigma[:, None] * sigma[None, :]
-    for part, cross in (("outputs", site.cross_left), ("inputs", site.cross_right)):
-        seen, tails = _seen(site, who, part, places)
-        flat = seen.flatten(2)
-        even = cross[places][:, places].permute(0, 2, 1, 3).reshape(count * r, count * r)
-        found = found * (flat.mT @ flat + tails[:, None, None] * even)
+    for part, side in SIDES.items():
+        factors, tails = _factors(stack, part, who)
+        flat = _seen(factors, stack.svd[side]).flatten(2)
+        vectors = stack.svd[side].transpose(0, 1).flatten(0, 1).double()
+        found = found * (flat.mT @ flat + tails[:, None, None] * (vectors @ vectors.mT))
     return found.reshape(len(who), count, r, count, r).sum((2, 4))
 
 
-def interference(panel: Panel, region: str) -> Float[Tensor, "*g n n"]:
+def interference(panel: Panel, region: str) -> Float[Tensor, "a b"]:
     """tr(ΔW_aᵀ D_b ΔW_a S_b): twice the loss that a's update costs b at second order."""
-    return panel.total("disturbance", region).mT
+    return panel.total("disturbance", region)
 
 
-def interference_ratio(panel: Panel, region: str) -> Float[Tensor, "*g n n"]:
+def interference_ratio(panel: Panel, region: str) -> Float[Tensor, "a b"]:
     """The interference over the same form of b's own update."""
-    form = panel.total("disturbance", region)
-    return ratio(form, form.diagonal(dim1=-2, dim2=-1)[..., :, None]).mT
+    _, of_b = panel.sides(panel.own("form", region))
+    return ratio(panel.total("disturbance", region), of_b)
 
 
-def fisher_cosine(panel: Panel, region: str) -> Float[Tensor, "*g n n"]:
+def fisher_cosine(panel: Panel, region: str) -> Float[Tensor, "a b"]:
     """Cosine of ΔW_a and ΔW_b in b's curvature: ⟨ΔW_b, F_b ΔW_a⟩/√(⟨a, F_b a⟩⟨b, F_b b⟩)."""
-    form = panel.total("disturbance", region)
-    norms = (form * form.diagonal(dim1=-2, dim2=-1)[..., :, None]).clamp_min(0).sqrt()
-    return ratio(panel.total("own", region), norms, 0.0).clamp(-1.0, 1.0).mT
+    _, of_b = panel.sides(panel.own("form", region))
+    norms = (panel.total("disturbance", region) * of_b).clamp_min(0).sqrt()
+    return ratio(panel.total("cross", region), norms, 0.0).clamp(-1.0, 1.0)
 
 
-def data_weighted(panel: Panel, region: str) -> Float[Tensor, "*g n n"]:
+def data_weighted(panel: Panel, region: str) -> Float[Tensor, "a b"]:
     """E_{a→b} = tr(ΔW_a S_b ΔW_aᵀ)/tr(ΔW_b S_b ΔW_bᵀ): a's output on b's inputs over b's own."""
-    moved = panel.total("data", region)
-    return ratio(moved, moved.diagonal(dim1=-2, dim2=-1)[..., :, None]).mT
+    _, of_b = panel.sides(panel.own("moved", region))
+    return ratio(panel.total("data", region), of_b)
 
 
 def selectivity(panel: Panel, region: str) -> Float[Tensor, "*g n"]:
     """κ = [tr(ΔW S ΔWᵀ)/‖ΔW‖²]/[tr S/in]: how much better the update fits its own inputs than
     an even one would. Over modules: the sum of tr(ΔW S ΔWᵀ) over the sum for even updates."""
-    moved = panel.total("data", region).diagonal(dim1=-2, dim2=-1)
-    return ratio(moved, panel.total("even", region))
+    return ratio(panel.own("moved", region), panel.own("even", region))
 
 
 def n_max(kappa: Float[Tensor, "*g"], tau: float) -> Float[Tensor, "*g"]:
@@ -160,24 +224,28 @@ def capacity(panel: Panel, region: str) -> Float[Tensor, "*g n"]:
 
 def own_curvature(panel: Panel, region: str) -> Float[Tensor, "*g n"]:
     """tr(ΔWᵀ D ΔW S) of the adapter's own update."""
-    return panel.total("disturbance", region).diagonal(dim1=-2, dim2=-1)
+    return panel.own("form", region)
 
 
-def capacity_load(panel: Panel, region: str) -> Float[Tensor, "s n"]:
+def capacity_load(panel: Panel, region: str) -> Float[Tensor, " rows"]:
     """Σ_{j ≠ i} E_{j→i} over the other members."""
     moved = data_weighted(panel, region)
-    out = torch.full((len(panel.sets), panel.n), torch.nan, dtype=torch.float64)
-    for row, members in enumerate(panel.sets):
-        for i in members:
-            out[row, i] = moved[[j for j in members if j != i], i].sum()
-    return out
+    loads = [moved[[j for j in panel.sets[s] if j != i], i].sum() for s, i in panel.set_rows]
+    return torch.tensor(loads, dtype=torch.float64)
 
 
-def joint_interference(panel: Panel, region: str) -> Float[Tensor, "s n"]:
+def joint_interference(panel: Panel, region: str) -> Float[Tensor, " rows"]:
     """tr(TᵀD_i T S_i) with T the sum of the others' updates, exact (no sum over pairs)."""
-    return panel.total("joint", region)
+    return _joint(panel)
 
 
-def joint_interference_ratio(panel: Panel, region: str) -> Float[Tensor, "s n"]:
+def joint_interference_ratio(panel: Panel, region: str) -> Float[Tensor, " rows"]:
     """The joint interference over the same form of i's own update."""
-    return ratio(panel.total("joint", region), own_curvature(panel, region))
+    mine = own_curvature(panel, region)
+    return ratio(_joint(panel), mine[[i for _, i in panel.set_rows]])
+
+
+def _joint(panel: Panel) -> Float[Tensor, " rows"]:
+    if "joint" not in panel.set_each:
+        return torch.full((len(panel.set_rows),), torch.nan, dtype=torch.float64)
+    return known_sum(panel.set_each["joint"])

@@ -43,7 +43,7 @@ def norm_growth(panel: Panel, region: str) -> Float[Tensor, "*g n"]:
     1: each step goes the same way (or the rate is still warming up); 0.5: a random walk;
     0: the update no longer grows.
     """
-    grown, half = panel.total("grown", region), panel.total("half", region)
+    grown, half = panel.own("grown", region), panel.own("half", region)
     spans = torch.tensor([_log_span(probe.meta) for probe in panel.probes], dtype=torch.float64)
     ends = torch.where((grown > 0) & (half > 0), grown / half, torch.nan)
     return ends.log() / 2 / spans

@@ -1,45 +1,67 @@
-"""Panel: the probes that are compared, and their per-module products, ready to be summed.
+"""Panel: the probes that are compared, and the sums of their per-module products.
 
-Every signal over modules is a ratio of sums, so a module is visited once, reduced to a few numbers
-a pair, and forgotten; a signal over all modules, a depth third or a kind of module is then the
-same formula on another sum.
+Every signal over modules is a ratio of sums, so a module is read once, reduced tile by tile to a
+few numbers a pair, added to the sums of the place where it sits, and forgotten. Memory is one
+module of all adapters and the sums; no pair of adapters is ever held whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mergeprobe.adapters.checkpoint import check_same_base, natural
-from mergeprobe.adapters.regions import KINDS, THIRDS, kind_of, layer_of, third_of
+from mergeprobe.adapters.regions import KINDS, THIRDS
 from mergeprobe.capture.probe import Probe
-from mergeprobe.errors import AdapterMismatch, ProbeError
-from mergeprobe.signals.site import Site
 
 EACH = "each"  # the region that stands for "every module by itself"
 
-Products = Callable[[Site], dict[str, Tensor]]
-SetProducts = Callable[[Site, tuple[tuple[int, ...], ...]], dict[str, Tensor]]
+
+@dataclass(frozen=True)
+class Place:
+    """Where modules sit: a depth third (None outside the layers), a kind, perhaps the layer."""
+
+    third: str | None
+    kind: str
+    layer: int | None = None
+
+    def within(self, region: str) -> bool:
+        if region in THIRDS:
+            return self.third == region
+        return self.kind == region if region in KINDS else region == "all"
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """n probes over m modules.
+    """The ordered pairs (a, b), a of `rows` and b of `columns`: indices among n probes.
 
-    regions: name -> which modules belong to it ("all", the depth thirds, the kinds).
-    products: name -> (m, …) float64, NaN where it was not measured; the axes after the first run
-    over the probes (or over `sets`, tuples of probe indices).
+    each: product -> (m, n), one value a module and probe. pair: product -> (places, rows, columns),
+    summed over the modules of each of `places`. weighted: the same of products whose
+    energy-weighted mean is taken, times a's ‖ΔW‖² there, and times b's. largest: signal -> its
+    largest value over single modules. All float64, NaN where nothing was measured.
+    sets: tuples of probe indices; set_rows: (set, member) of every row of a table of sets;
+    set_each: product -> (m, sets) or (m, set rows). triples: (n, n, n), see curvature.
     """
 
     probes: tuple[Probe, ...]
     modules: tuple[str, ...]
-    regions: dict[str, Bool[Tensor, " m"]]
-    products: dict[str, Float[Tensor, "m ..."]]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    at: tuple[Place, ...]
+    each: dict[str, Float[Tensor, "m n"]]
+    places: tuple[Place, ...] = ()
+    pair: dict[str, Float[Tensor, "places rows columns"]] = field(default_factory=dict)
+    weighted: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    largest: dict[str, Float[Tensor, "rows columns"]] = field(default_factory=dict)
     sets: tuple[tuple[int, ...], ...] = ()
+    set_each: dict[str, Float[Tensor, "m _"]] = field(default_factory=dict)
+    triples: Float[Tensor, "n n n"] | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -49,122 +71,100 @@ class Panel:
     def n(self) -> int:
         return len(self.probes)
 
-    def total(self, product: str, region: str) -> Float[Tensor, "..."]:
-        """The sum over a region's modules; NaN where no module of it was measured.
+    @property
+    def square(self) -> bool:
+        """Whether it holds all pairs."""
+        return self.rows == self.columns == tuple(range(self.n))
 
-        With region "each" the first axis stays: one value a module.
-        """
-        values = self.products[product]
-        if region == EACH:
-            return values
-        values = values[self.regions[region]]
-        known = ~values.isnan()
-        return torch.where(known.any(0), values.nan_to_num().sum(0), torch.nan)
+    @cached_property
+    def set_rows(self) -> list[tuple[int, int]]:
+        return [(row, i) for row, members in enumerate(self.sets) for i in members]
 
-    def adapted(self, region: str) -> Float[Tensor, "..."]:
-        """1 where an adapter has an update in the region, else NaN; shape (n,) or (m, n)."""
-        return torch.where(self.total("energy", region).isnan(), torch.nan, 1.0)
+    def total(self, product: str, region: str) -> Float[Tensor, "rows columns"]:
+        """The sum over a region's modules; NaN where no module of it was measured."""
+        if product not in self.pair:
+            return self.unmeasured
+        return known_sum(self.pair[product][self._inside(region)])
 
-    def mean(self, product: str, region: str) -> Float[Tensor, "..."]:
+    def mean(self, product: str, region: str) -> Float[Tensor, "rows columns"]:
         """Energy-weighted mean over a region's modules.
 
-        Of an adapter: weighted by ‖ΔW‖². Of a pair: by the sum of the two adapters' shares of
-        their own energy, so that the larger adapter does not decide alone. NaN where an adapter
-        has no update in the region.
+        Weighted by the sum of the two adapters' shares of their own energy, so that the larger
+        adapter does not decide alone. NaN where an adapter has no update in the region.
         """
-        values = self.products[product]
-        here = self.adapted(region)
-        if values.ndim == 3:
-            here = here[..., :, None] * here[..., None, :]
-        if region == EACH:
-            return values * here
-        mask = self.regions[region]
-        energy = self.products["energy"][mask].nan_to_num()
-        weight = energy / energy.sum(0).clamp_min(torch.finfo(energy.dtype).tiny)
-        if values.ndim == 3:
-            weight = weight[:, :, None] + weight[:, None, :]
-        values = values[mask]
-        known = ~values.isnan()
-        summed = (weight * values.nan_to_num()).sum(0) / (weight * known).sum(0)
-        return summed * here
+        if product not in self.weighted:
+            return self.unmeasured
+        inside = self._inside(region)
+        energy = self.own("energy", region)
+        e_a, e_b = self.sides(energy)
+        by_a, by_b = (part[inside].sum(0) for part in self.weighted[product])
+        counted = (e_a > 0).double() + (e_b > 0).double()
+        mean = (ratio_or_zero(by_a, e_a) + ratio_or_zero(by_b, e_b)) / counted
+        return torch.where(e_a.isnan() | e_b.isnan(), torch.nan, mean)
+
+    def own(self, product: str, region: str) -> Float[Tensor, "*g n"]:
+        """The sum of an adapter's own product over a region's modules, NaN where there is none.
+
+        With region "each": (m, n), one value a module.
+        """
+        if product not in self.each:
+            return torch.full((self.n,), torch.nan, dtype=torch.float64)
+        values = self.each[product]
+        return values if region == EACH else known_sum(values[self._modules(region)])
+
+    def own_mean(self, product: str, region: str) -> Float[Tensor, "*g n"]:
+        """The mean of an adapter's own product, weighted by ‖ΔW‖²."""
+        if product not in self.each or region == EACH:
+            return self.own(product, region)
+        inside = self._modules(region)
+        values, energy = self.each[product][inside], self.each["energy"][inside].nan_to_num()
+        weight = energy * ~values.isnan()
+        mean = (weight * values.nan_to_num()).sum(0) / weight.sum(0)
+        return torch.where(self.own("energy", region).isnan(), torch.nan, mean)
+
+    def sides(
+        self, values: Float[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "1 columns"]]:
+        """One value a probe, as a's and as b's."""
+        return values[list(self.rows)][:, None], values[list(self.columns)][None, :]
+
+    def inner(self, values: Float[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+        """One value a probe, of the rows and of the columns."""
+        return values[list(self.rows)], values[list(self.columns)]
+
+    @property
+    def unmeasured(self) -> Float[Tensor, "rows columns"]:
+        return torch.full((len(self.rows), len(self.columns)), torch.nan, dtype=torch.float64)
+
+    def part(self, start: int, stop: int) -> Panel:
+        """The same pairs for some of the rows only."""
+        here = slice(start, stop)
+        return replace(
+            self,
+            rows=self.rows[here],
+            pair={name: values[:, here] for name, values in self.pair.items()},
+            weighted={n: (x[:, here], y[:, here]) for n, (x, y) in self.weighted.items()},
+            largest={name: values[here] for name, values in self.largest.items()},
+        )
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Something of all probes that is made on its first use, for every part of the panel."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
+
+    def _inside(self, region: str) -> Bool[Tensor, " places"]:
+        return torch.tensor([place.within(region) for place in self.places], dtype=torch.bool)
+
+    def _modules(self, region: str) -> Bool[Tensor, " m"]:
+        return torch.tensor([place.within(region) for place in self.at], dtype=torch.bool)
 
 
-def measure(
-    probes: Sequence[Probe],
-    products: Sequence[Products],
-    *,
-    sets: Sequence[Sequence[str]] = (),
-    set_products: Sequence[SetProducts] = (),
-) -> Panel:
-    """Visits every module once and keeps the products.
-
-    Raises ProbeError for no probes or two of one name, AdapterMismatch for other bases.
-    """
-    probes = tuple(probes)
-    check_probes(probes)
-    modules = tuple(sorted({m for probe in probes for m in probe.updates}, key=natural))
-    members = tuple(resolve(chosen, probes) for chosen in sets)
-    found: dict[str, list[Tensor]] = {}
-    for module in modules:
-        site = Site.of(module, probes)
-        parts = [product(site) for product in products]
-        parts += [product(site, members) for product in set_products]
-        for part in parts:
-            for name, value in part.items():
-                found.setdefault(name, []).append(value)
-    stacked = {name: torch.stack(values) for name, values in found.items()}
-    return Panel(probes, modules, regions(modules, probes), stacked, members)
+def known_sum(values: Float[Tensor, "k ..."]) -> Float[Tensor, "..."]:
+    """The sum over the first axis of what was measured; NaN where nothing was."""
+    known = ~values.isnan()
+    return torch.where(known.any(0), values.nan_to_num().sum(0), torch.nan)
 
 
-def check_probes(probes: tuple[Probe, ...]) -> None:
-    if not probes:
-        raise ProbeError("no probes to measure; give at least one")
-    names = [probe.name for probe in probes]
-    for name in names:
-        if names.count(name) > 1:
-            raise ProbeError(f"two probes are named '{name}'; give each its own name")
-    for probe in probes:
-        if not probe.updates:
-            raise ProbeError(f"probe '{probe.name}' holds no updates; capture it again")
-    check_same_base([probe.to_adapter() for probe in probes])
-
-
-def check_in_common(probes: Sequence[Probe]) -> None:
-    """Raises AdapterMismatch for the first two probes that adapt no module in common."""
-    for place, one in enumerate(probes):
-        for two in probes[place + 1 :]:
-            if not one.updates.keys() & two.updates.keys():
-                raise AdapterMismatch(
-                    f"'{one.name}' and '{two.name}' adapt no module in common: "
-                    f"{sorted(one.updates, key=natural)[:2]}... and "
-                    f"{sorted(two.updates, key=natural)[:2]}..."
-                )
-
-
-def resolve(chosen: Sequence[str], probes: tuple[Probe, ...]) -> tuple[int, ...]:
-    """Probe indices of the named adapters, in input order."""
-    names = [probe.name for probe in probes]
-    for name in chosen:
-        if name not in names:
-            raise ProbeError(f"set {list(chosen)} names '{name}'; the probes are {names}")
-    if len(set(chosen)) < 2 or len(set(chosen)) != len(chosen):
-        raise ProbeError(f"set {list(chosen)} needs at least two adapters, each once")
-    return tuple(sorted(names.index(name) for name in chosen))
-
-
-def regions(modules: Sequence[str], probes: Sequence[Probe]) -> dict[str, Bool[Tensor, " m"]]:
-    """Which modules belong to "all", to each third of the depth, and to each kind.
-
-    The depth is what the probes' provenance says, or the deepest adapted layer where it says
-    nothing (a finished adapter).
-    """
-    layers = [layer_of(module) for module in modules]
-    said = [probe.meta.get("layers") for probe in probes]
-    seen = [layer + 1 for layer in layers if layer is not None]
-    depth = max([*seen, *(count for count in said if isinstance(count, int))], default=1)
-    third = [third_of(module, depth) for module in modules]
-    kind = [kind_of(module) for module in modules]
-    found = {"all": torch.ones(len(modules), dtype=torch.bool)}
-    found |= {name: torch.tensor([value == name for value in third]) for name in THIRDS}
-    found |= {name: torch.tensor([value == name for value in kind]) for name in KINDS}
-    return found
+def ratio_or_zero(over: Tensor, under: Tensor) -> Tensor:
+    return torch.where(under > 0, over / torch.where(under > 0, under, 1.0), 0.0)

@@ -7,8 +7,6 @@ two lists are compared over the union of their ids, with everything else in one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -20,6 +18,7 @@ from mergeprobe.signals.panel import Panel
 from mergeprobe.signals.site import cosine, ratio
 
 FLOOR = 1e-12  # the smallest probability, so that an exactly empty tail gives no infinity
+AT_ONCE = 64  # lists of predictions that are compared in one go
 STILL = 1e-9  # nats; a prediction closer to the base than this has not moved
 
 
@@ -30,36 +29,56 @@ def drift_norm(panel: Panel, region: str) -> Float[Tensor, " n"]:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def drift_ratio(panel: Panel, region: str) -> Float[Tensor, "n n"]:
+def drift_ratio(panel: Panel, region: str) -> Float[Tensor, "a b"]:
     """a's drift norm over b's."""
-    norms = drift_norm(panel, region)
-    return ratio(norms[:, None], norms[None, :])
+    return ratio(*panel.sides(panel.once(f"drift {region}", lambda: drift_norm(panel, region))))
 
 
-def drift_cosine(panel: Panel, region: str) -> Float[Tensor, "n n"]:
+def drift_cosine(panel: Panel, region: str) -> Float[Tensor, "a b"]:
     """Cosine of the two drifts over layers, sequences and (projected) directions together."""
-    states = _drifts(panel, region)
-    return cosine(_pairwise(states, lambda x, y: (x * y).sum()))
+
+    def flat() -> Tensor | None:
+        return _stacked([None if s is None else s.flatten() for s in _drifts(panel, region)])
+
+    vectors = panel.once(f"drift_cosine {region}", flat)
+    return panel.unmeasured if vectors is None else _flat_cosine(panel, vectors)
 
 
-def drift_cka(panel: Panel, region: str) -> Float[Tensor, "n n"]:
+def drift_cka(panel: Panel, region: str) -> Float[Tensor, "a b"]:
     """Linear CKA of the two drifts over sequences, mean over layers.
 
     ‖YᵀX‖²/(‖XᵀX‖ ‖YᵀY‖) with the mean over sequences taken off: what both do to every text
     alike (format) does not count, unlike in drift_cosine. 0 for a drift that is constant.
+    Taken as the cosine of the (sequences, sequences) matrices XXᵀ and YYᵀ, which is the same.
     """
-    states = _drifts(panel, region)
-    if any(state is not None and state.shape[1] < 2 for state in states):
-        return torch.full((panel.n, panel.n), torch.nan, dtype=torch.float64)
-    centred = [None if s is None else s - s.mean(1, keepdim=True) for s in states]
 
-    def cka(x: Tensor, y: Tensor) -> Tensor:
-        shared, own_x, own_y = (
-            (left.mT @ right).square().sum((-1, -2)) for left, right in ((x, y), (x, x), (y, y))
-        )
-        return ratio(shared, (own_x * own_y).sqrt(), 0.0).mean().clamp(0.0, 1.0)
+    def kernels() -> list[Tensor] | None:
+        states = _drifts(panel, region)
+        known = [state for state in states if state is not None]
+        if not known or any(state.shape[1] < 2 for state in known):
+            return None
+        centred = [None if s is None else s - s.mean(1, keepdim=True) for s in states]
+        grams = _stacked([None if s is None else (s @ s.mT).flatten(1) for s in centred])
+        return None if grams is None else list(grams.transpose(0, 1))  # one a layer
 
-    return _pairwise(centred, cka)
+    layers = panel.once(f"drift_cka {region}", kernels)
+    if layers is None:
+        return panel.unmeasured
+    return torch.stack([_flat_cosine(panel, one).clamp_min(0.0) for one in layers]).mean(0)
+
+
+def _flat_cosine(panel: Panel, vectors: Float[Tensor, "n size"]) -> Float[Tensor, "a b"]:
+    rows, columns = vectors[list(panel.rows)], vectors[list(panel.columns)]
+    return cosine(rows @ columns.mT, rows.square().sum(-1), columns.square().sum(-1))
+
+
+def _stacked(parts: list[Tensor | None]) -> Float[Tensor, "n ..."] | None:
+    """One row a probe, NaN for those that have none; None where nobody has one."""
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    missing = torch.full_like(known[0], torch.nan)
+    return torch.stack([missing if part is None else part for part in parts])
 
 
 def kl_to_base(panel: Panel, region: str) -> Float[Tensor, " n"]:
@@ -74,24 +93,38 @@ def kl_to_base(panel: Panel, region: str) -> Float[Tensor, " n"]:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def js_divergence(panel: Panel, region: str) -> Float[Tensor, "n n"]:
+def js_divergence(panel: Panel, region: str) -> Float[Tensor, "a b"]:
     """Jensen-Shannon divergence of the two snapshots' predictions, mean over positions."""
     _comparable(panel)
-    lists = [None if p.drift is None else listed(p.drift) for p in panel.probes]
+    whole = panel.once(
+        "listed", lambda: [None if p.drift is None else listed(p.drift) for p in panel.probes]
+    )
+    out = panel.unmeasured
+    wanted = [(column, whole[i]) for column, i in enumerate(panel.columns) if whole[i] is not None]
+    for start in range(0, len(wanted), AT_ONCE):
+        some = wanted[start : start + AT_ONCE]
+        there = [column for column, _ in some]
+        prob, ids, tail = (torch.cat(p) for p in zip(*(v for _, v in some), strict=True))
+        for row, i in enumerate(panel.rows):
+            if whole[i] is not None:
+                out[row, there] = _divergences(whole[i], (prob, ids, tail), len(some))
+    return out
 
-    def divergence(a: Listed, b: Listed) -> Tensor:
-        p, q = aligned(a, b)
-        middle = (p + q) / 2
-        return ((kl(p, middle) + kl(q, middle)) / 2).mean()
 
-    return _pairwise(lists, divergence)
+def _divergences(one: Listed, many: Listed, count: int) -> Float[Tensor, " count"]:
+    """Mean JS over positions, of one list of predictions with each of `count` in one tensor."""
+    repeated = one[0].repeat(count, 1), one[1].repeat(count, 1), one[2].repeat(count)
+    p, q = aligned(repeated, many)
+    middle = (p + q) / 2
+    js = (kl(p, middle) + kl(q, middle)) / 2
+    return js.reshape(count, -1).mean(-1)
 
 
-def js_to_kl(panel: Panel, region: str) -> Float[Tensor, "n n"]:
+def js_to_kl(panel: Panel, region: str) -> Float[Tensor, "a b"]:
     """JS(p_a, p_b) / min(KL(p_a ‖ p_0), KL(p_b ‖ p_0)): functional redundancy, low = redundant."""
     moved = kl_to_base(panel, region)
-    moved = torch.where(moved < STILL, torch.nan, moved)
-    return js_divergence(panel, region) / torch.minimum(moved[:, None], moved[None, :])
+    a, b = panel.sides(torch.where(moved < STILL, torch.nan, moved))
+    return js_divergence(panel, region) / torch.minimum(a, b)
 
 
 Listed = tuple[
@@ -191,14 +224,3 @@ def _comparable(panel: Panel) -> None:
                     f"the probe sets differ: {field} is {one} in '{first.name}' and {two} in "
                     f"'{probe.name}'; capture both with one version of mergeprobe"
                 )
-
-
-def _pairwise(parts: list, function: Callable) -> Float[Tensor, "n n"]:
-    """A symmetric matrix of function(a, b); NaN where a part is missing (None)."""
-    n = len(parts)
-    out = torch.full((n, n), torch.nan, dtype=torch.float64)
-    for a in range(n):
-        for b in range(a, n):
-            if parts[a] is not None and parts[b] is not None:
-                out[a, b] = out[b, a] = function(parts[a], parts[b])
-    return out

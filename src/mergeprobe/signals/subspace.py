@@ -11,21 +11,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mergeprobe.signals.panel import Panel
-from mergeprobe.signals.site import Site, mirrored, ratio, side_by_side, upper_pairs
+from mergeprobe.signals.panel import EACH, Panel
+from mergeprobe.signals.site import Site, ratio
+from mergeprobe.signals.stack import Stack
+
+WEIGHTED = ("output_overlap", "input_overlap", "principal", "principal_mean", "union")
+
+
+def own(stack: Stack) -> dict[str, Tensor]:
+    """effective: the effective rank of each."""
+    single = effective_rank(stack.sigma.square())
+    return {"effective": stack.each(ratio(single, (single > 0).double()))}
 
 
 def products(site: Site) -> dict[str, Tensor]:
-    """output_overlap, input_overlap, principal, principal_mean, union (n, n); effective (n,)."""
-    single = effective_rank(site.sigma.square())
+    """output_overlap, input_overlap, principal, principal_mean, union: one value a pair."""
     largest, average = _principal(site)
     return {
         "output_overlap": site.pairs(_overlap(site, site.cross_left), alone=0.0),
         "input_overlap": site.pairs(_overlap(site, site.cross_right), alone=0.0),
         "principal": site.pairs(largest, alone=0.0),
         "principal_mean": site.pairs(average, alone=0.0),
-        "union": site.pairs(_union(site, single), alone=1.0),
-        "effective": site.each(ratio(single, (single > 0).double())),
+        "union": site.pairs(_union(site), alone=1.0),
     }
 
 
@@ -40,72 +47,76 @@ def effective_rank(spectrum: Float[Tensor, "*g r"]) -> Float[Tensor, " *g"]:
     return torch.where(total[..., 0] > 0, torch.special.entr(share).sum(-1).exp(), 0.0)
 
 
-def _overlap(site: Site, cross: Float[Tensor, "p p r r"]) -> Float[Tensor, "p p"]:
+def _unit(stack: Stack) -> Float[Tensor, "p r"]:
+    """The singular values of each update scaled to norm 1."""
+    return ratio(stack.sigma, torch.linalg.vector_norm(stack.sigma, dim=1, keepdim=True), 0.0)
+
+
+def _overlap(site: Site, cross: Float[Tensor, "a b r s"]) -> Float[Tensor, "a b"]:
     """Σ σ_ak² σ_bl² (x_akᵀx_bl)² / √(Σ σ_ak⁴ Σ σ_bl⁴): the cosine of ΔWΔWᵀ (or ΔWᵀΔW)."""
-    shared = (site.joint * cross).square().sum((-1, -2))
-    own = site.sigma.square().square().sum(-1)
-    return ratio(shared, (own[:, None] * own[None, :]).sqrt(), 0.0).clamp(0.0, 1.0)
+    one, two = _unit(site.rows).square(), _unit(site.columns).square()
+    shared = torch.einsum("ak,abkl,bl->ab", one, cross.square(), two)
+    own = one.square().sum(-1)[:, None] * two.square().sum(-1)[None, :]
+    found = ratio(shared, own.sqrt(), 0.0).clamp(0.0, 1.0)
+    return (found + found.mT) / 2 if site.diagonal else found
 
 
-def _principal(site: Site) -> tuple[Float[Tensor, "p p"], Float[Tensor, "p p"]]:
+def _principal(site: Site) -> tuple[Float[Tensor, "a b"], Float[Tensor, "a b"]]:
     """Largest principal cosine, and their mean over the smaller of the two ranks."""
-    first, second = upper_pairs(len(site.present))
+    first, second = site.listed
     cosines = torch.linalg.svdvals(site.cross_left[first, second]).clamp(0.0, 1.0)
-    rank = (site.sigma > 0).double().sum(-1)
-    smaller = torch.minimum(rank[first], rank[second])
-    moved = (rank > 0).double()
+    ranks = [(stack.sigma > 0).double().sum(-1) for stack in (site.rows, site.columns)]
+    smaller = torch.minimum(ranks[0][first], ranks[1][second])
+    moved = (ranks[0] > 0).double()
     return (
-        mirrored(cosines[..., 0], moved),
-        mirrored(ratio(cosines.sum(-1), smaller, 0.0), moved),
+        site.filled(cosines[..., 0], moved),
+        site.filled(ratio(cosines.sum(-1), smaller, 0.0), moved),
     )
 
 
-def _union(site: Site, single: Float[Tensor, " p"]) -> Float[Tensor, "p p"]:
+def _union(site: Site) -> Float[Tensor, "a b"]:
     """Effective rank of [ΔW_a/‖ΔW_a‖, ΔW_b/‖ΔW_b‖] over the sum of the two."""
-    first, second = upper_pairs(len(site.present))
-    unit = ratio(site.sigma, site.energy.sqrt()[:, None], 0.0)
-    gram = site.cross_left * (unit[:, None, :, None] * unit[None, :, None, :])
-    joint = effective_rank(torch.linalg.eigvalsh(side_by_side(gram, first, second)))
-    return mirrored(ratio(joint, single[first] + single[second]), ratio(single, 2 * single))
+    first, second = site.listed
+    one, two = _unit(site.rows), _unit(site.columns)
+    single = [effective_rank(unit.square()) for unit in (one, two)]
+    cross = site.cross_left * (one[:, None, :, None] * two[None, :, None, :])
+    grams = site.side_by_side(torch.diag_embed(one.square()), cross, torch.diag_embed(two.square()))
+    joint = effective_rank(torch.linalg.eigvalsh(grams))
+    apart = single[0][first] + single[1][second]
+    return site.filled(ratio(joint, apart), ratio(single[0], 2 * single[0]))
 
 
-def set_products(site: Site, sets: tuple[tuple[int, ...], ...]) -> dict[str, Tensor]:
-    """set_union (s, n): effective rank of the stack over the sum of ranks, on the members."""
-    out = torch.full((len(sets), site.n), torch.nan, dtype=torch.float64)
-    unit = ratio(site.sigma, site.energy.sqrt()[:, None], 0.0)
-    gram = site.cross_left * (unit[:, None, :, None] * unit[None, :, None, :])
-    single = effective_rank(site.sigma.square())
-    place = {probe: row for row, probe in enumerate(site.present)}
-    for row, members in enumerate(sets):
-        here = torch.tensor([place[i] for i in members if i in place], dtype=torch.long)
-        if len(here):
-            part = gram[here[:, None], here].permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-            stack = effective_rank(torch.linalg.eigvalsh(part))
-            out[row, list(members)] = ratio(stack, single[here].sum())
-    return {"set_union": out}
+def set_products(stack: Stack) -> Float[Tensor, ""]:
+    """set_union: effective rank of the members' stack over the sum of their ranks; NaN where
+    nobody of them adapts the module."""
+    unit = _unit(stack)
+    single = effective_rank(unit.square())
+    weighed = stack.svd[0].double() * unit.mT[:, :, None]
+    flat = weighed.flatten(0, 1)
+    return ratio(effective_rank(torch.linalg.eigvalsh(flat @ flat.mT)), single.sum())
 
 
-def output_overlap(panel: Panel, region: str) -> Float[Tensor, "*g n n"]:
+def output_overlap(panel: Panel, region: str) -> Float[Tensor, "a b"]:
     """tr(P_a P_b)/(‖P_a‖ ‖P_b‖) with P = ΔWΔWᵀ, per module, energy-weighted mean."""
     return panel.mean("output_overlap", region)
 
 
-def input_overlap(panel: Panel, region: str) -> Float[Tensor, "*g n n"]:
+def input_overlap(panel: Panel, region: str) -> Float[Tensor, "a b"]:
     """The same with P = ΔWᵀΔW. An init diagnostic only: it mostly tells whether A was shared."""
     return panel.mean("input_overlap", region)
 
 
-def principal_cosine(panel: Panel, region: str) -> Float[Tensor, "*g n n"]:
+def principal_cosine(panel: Panel, region: str) -> Float[Tensor, "a b"]:
     """Largest cosine between output directions of the two, per module, energy-weighted mean."""
     return panel.mean("principal", region)
 
 
-def principal_cosine_mean(panel: Panel, region: str) -> Float[Tensor, "*g n n"]:
+def principal_cosine_mean(panel: Panel, region: str) -> Float[Tensor, "a b"]:
     """Mean principal cosine over the smaller of the two ranks, energy-weighted mean."""
     return panel.mean("principal_mean", region)
 
 
-def union_rank(panel: Panel, region: str) -> Float[Tensor, "*g n n"]:
+def union_rank(panel: Panel, region: str) -> Float[Tensor, "a b"]:
     """Effective rank of the two updates' outputs together over the sum of their own.
 
     Each update is scaled to norm 1 first, so that the larger does not hide the smaller.
@@ -116,29 +127,30 @@ def union_rank(panel: Panel, region: str) -> Float[Tensor, "*g n n"]:
 
 def effective_ranks(panel: Panel, region: str) -> Float[Tensor, "*g n"]:
     """exp of the entropy of σ²/Σσ² per module, energy-weighted mean."""
-    return panel.mean("effective", region)
+    return panel.own_mean("effective", region)
 
 
-def shared_init(panel: Panel, region: str) -> Float[Tensor, "n n"]:
+def shared_init(panel: Panel, region: str) -> Float[Tensor, "rows columns"]:
     """1 where both runs drew the same A at init, 0 where not, by the recorded hash."""
     hashes = [probe.meta.get("init_hash") for probe in panel.probes]
-    values = [[float(x == y) if x and y else torch.nan for y in hashes] for x in hashes]
-    return torch.tensor(values, dtype=torch.float64)
+    kinds = {value: float(kind) for kind, value in enumerate(dict.fromkeys(hashes)) if value}
+    drawn = torch.tensor([kinds.get(value, torch.nan) for value in hashes], dtype=torch.float64)
+    a, b = panel.sides(drawn)
+    return torch.where(a.isnan() | b.isnan(), torch.nan, (a == b).double())
 
 
-def set_union_rank(panel: Panel, region: str) -> Float[Tensor, "s n"]:
+def set_union_rank(panel: Panel, region: str) -> Float[Tensor, " rows"]:
     """Effective rank of all members' outputs stacked over the sum of their own, exact.
 
     Mean over modules, weighted by the members' shares of their own energy.
     """
-    energy = panel.products["energy"].nan_to_num()
+    if "set_union" not in panel.set_each:
+        return torch.full((len(panel.set_rows),), torch.nan, dtype=torch.float64)
+    energy = panel.own("energy", EACH).nan_to_num()
     share = energy / energy.sum(0).clamp_min(torch.finfo(energy.dtype).tiny)
-    values = panel.products["set_union"]
-    out = torch.full(values.shape[1:], torch.nan, dtype=torch.float64)
-    for row, members in enumerate(panel.sets):
-        where = list(members)
-        weight = share[:, where].sum(1)
-        one = values[:, row, where[0]]
-        known = ~one.isnan()
-        out[row, where] = ratio((weight * one.nan_to_num()).sum(), (weight * known).sum())
-    return out
+    found = []
+    for values, members in zip(panel.set_each["set_union"].T, panel.sets, strict=True):
+        weight = share[:, list(members)].sum(1)
+        mean = ratio((weight * values.nan_to_num()).sum(), (weight * ~values.isnan()).sum())
+        found += [mean] * len(members)
+    return torch.tensor(found, dtype=torch.float64)

@@ -31,7 +31,8 @@ class Signal:
 
     kind: "pair" (ordered: what a's update does to b), "adapter" or "set" (an adapter in a set).
     needs: the parts of Probe without which it is null; "meta.x" is an entry of the provenance.
-    function: (panel, region) -> (n, n), (n,) or (sets, n), NaN where it was not measured.
+    function: (panel, region) -> (rows, columns) of the panel, (n,) or one value a set row, NaN
+    where it was not measured.
     regions: where it is stated; each but "all" is a column of its own, `name_region`. "max" is the
     largest over single modules. diagnostic: explains a row, forecasts nothing.
     """
@@ -51,9 +52,10 @@ class Signal:
     def values(self, panel: Panel, region: str) -> Tensor:
         """The signal over one region of the modules ("max": the largest over modules)."""
         if region != "max":
-            found = self.function(panel, region)
-            both_ways = self.kind == "pair" and self.symmetric
-            return (found + found.mT) / 2 if both_ways else found  # equal to the last bit
+            return self.function(panel, region)
+        if self.kind == "pair":  # kept while the modules were visited
+            name = self.function.__name__
+            return panel.largest.get(name, panel.unmeasured)
         each = self.function(panel, EACH)
         none = each.isnan().all(0)
         return each.nan_to_num(nan=-float("inf")).amax(0).masked_fill(none, float("nan"))

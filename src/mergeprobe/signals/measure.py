@@ -1,0 +1,312 @@
+"""measure: probes -> Panel, one module at a time, tile by tile of pairs.
+
+Per module all factors are stacked; a tile of pairs is one matrix product a side, reduced at once
+to a few numbers a pair. With `rows` (the new adapters) and `columns` (all of them) only those
+pairs are visited, so adding one adapter to N costs N pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mergeprobe.adapters.checkpoint import natural
+from mergeprobe.adapters.regions import kind_of, layer_of, third_of
+from mergeprobe.capture.probe import Probe
+from mergeprobe.signals import curvature, subspace, update
+from mergeprobe.signals.checks import check_probes, resolve
+from mergeprobe.signals.families import FAMILIES, PRECISIONS, Effort, Family, Pairs
+from mergeprobe.signals.on_disk import rank_of
+from mergeprobe.signals.panel import Panel, Place
+from mergeprobe.signals.site import Site
+from mergeprobe.signals.stack import Stack
+
+FEW = 32  # probes: below, a second thread only slows thousands of small products
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread meanwhile: thousands of small products, which a second thread only slows
+    (2.4 s against 9 to 20 s for five adapters of 210 modules on two busy cores)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure(
+    probes: Sequence[Probe],
+    effort: Effort = Effort(),
+    *,
+    rows: Sequence[int] | None = None,
+    columns: Sequence[int] | None = None,
+    pairs: bool = True,
+    sets: Sequence[Sequence[str]] = (),
+    layers: bool = False,
+    triples: bool = False,
+    largest: Mapping[str, Callable[[Panel, str], Tensor]] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Panel:
+    """Visits every module once.
+
+    rows, columns: indices of the pairs' a and b; by default all. pairs: False measures single
+    adapters only. layers: keep sums by layer too (30 times the memory of a table of pairs).
+    largest: signals by name whose largest value over modules is wanted.
+    Raises ProbeError for no probes, two of one name or one with entries that are not finite,
+    AdapterMismatch for other bases.
+    """
+    probes = tuple(probes)
+    check_probes(probes)
+    modules = tuple(sorted({m for probe in probes for m in probe.updates}, key=natural))
+    at = places(modules, probes, layers=layers)
+    everyone = range(len(probes))
+    work = _Work(
+        probes,
+        tuple(rows if rows is not None else everyone) if pairs else (),
+        tuple(columns if columns is not None else everyone) if pairs else (),
+        modules,
+        at,
+        tuple(resolve(chosen, probes) for chosen in sets),
+        effort,
+        effort.chosen(),
+        dict(largest or {}),
+        triples,
+    )
+    with one_thread() if len(probes) < FEW else nullcontext():
+        for index, module in enumerate(modules):
+            if progress is not None:
+                progress(f"module {index + 1} of {len(modules)}")
+            work.module(index, module)
+    return work.panel()
+
+
+def places(modules: Sequence[str], probes: Sequence[Probe], *, layers: bool) -> tuple[Place, ...]:
+    """The place of every module.
+
+    The depth is what the probes' provenance says, or the deepest adapted layer where it says
+    nothing (a finished adapter).
+    """
+    found = [layer_of(module) for module in modules]
+    said = [probe.meta.get("layers") for probe in probes]
+    seen = [layer + 1 for layer in found if layer is not None]
+    depth = max([*seen, *(count for count in said if isinstance(count, int))], default=1)
+    return tuple(
+        Place(third_of(module, depth), kind_of(module), layer if layers else None)
+        for module, layer in zip(modules, found, strict=True)
+    )
+
+
+@dataclass
+class _Work:
+    """The sums while they grow."""
+
+    probes: tuple[Probe, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    modules: tuple[str, ...]
+    at: tuple[Place, ...]
+    sets: tuple[tuple[int, ...], ...]
+    effort: Effort
+    families: list[Family]
+    wanted: dict[str, Callable[[Panel, str], Tensor]]
+    with_triples: bool
+    each: dict[str, Tensor] = field(default_factory=dict)
+    pair: dict[str, Tensor] = field(default_factory=dict)
+    weighted: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    largest: dict[str, Tensor] = field(default_factory=dict)
+    set_each: dict[str, Tensor] = field(default_factory=dict)
+    triples: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.device = self.effort.placed()
+        self.places = tuple(dict.fromkeys(self.at))
+        self.square = self.rows == self.columns == tuple(range(len(self.probes)))
+        self.means = {name for family in self.families for name in family.weighted}
+
+    def module(self, index: int, module: str) -> None:
+        stacks = self._stacks(module, range(len(self.probes)))
+        for stack in stacks:
+            parts = [update.own(stack)]
+            parts += [own(stack) for family in self.families for own in family.own]
+            for name, values in (item for part in parts for item in part.items()):
+                self._own(name)[index, list(stack.span)] = values.to("cpu")
+        for one, first in enumerate(down := self._of(stacks, self.rows)):
+            for two, second in enumerate(down if self.square else self._of(stacks, self.columns)):
+                if self.square and two < one:
+                    continue
+                self._tile(index, Site(first, second))
+        if self.sets and self.square:
+            self._sets(index, stacks)
+        if self.with_triples:
+            found = curvature.triples(stacks[0].gathered(range(len(self.probes)), stacks[1:]))
+            self.triples = _added(self.triples, found)
+
+    def _stacks(self, module: str, chosen: Sequence[int]) -> list[Stack]:
+        dtype = PRECISIONS[self.effort.precision]
+        stacks, span, width = [], [], 1
+        for i in chosen:
+            held = self.probes[i].updates
+            mine = rank_of(held, module) if module in held else 1
+            if span and (len(span) + 1) * max(width, mine) > self.effort.components:
+                stacks.append(tuple(span))
+                span, width = [], 1
+            span, width = [*span, i], max(width, mine)
+        stacks.append(tuple(span))
+        return [
+            Stack.of(module, self.probes, span, dtype=dtype, device=self.device) for span in stacks
+        ]
+
+    def _of(self, stacks: list[Stack], chosen: tuple[int, ...]) -> list[Stack]:
+        """The stacks of the chosen probes: the whole ones where all of theirs are chosen."""
+        if chosen == tuple(range(len(self.probes))):
+            return stacks
+        wanted = set(chosen)
+        parts = [[i for i in stack.span if i in wanted] for stack in stacks]
+        return [
+            stack if len(part) == len(stack.span) else stack.gathered(part)
+            for stack, part in zip(stacks, parts, strict=True)
+            if part
+        ]
+
+    def _tile(self, index: int, site: Site) -> None:
+        both = _merged(site, [f for family in self.families for f in family.pairs])
+        ordered = [f for family in self.families for f in family.ordered]
+        self._add(index, site, both | _merged(site, ordered))
+        if self.square and not site.diagonal:
+            back = site.swapped
+            there = {name: values.mT for name, values in both.items()}
+            self._add(index, back, there | _merged(back, ordered))
+
+    def _add(self, index: int, site: Site, found: dict[str, Tensor]) -> None:
+        here = self._where(site)
+        place = self.places.index(self.at[index])
+        energies = [s.each(s.energy).nan_to_num() for s in (site.rows, site.columns)]
+        for name, values in found.items():
+            if name in self.means:
+                known = values.nan_to_num()
+                by_a, by_b = self._weighted(name)
+                by_a[(place, *here)] += known * energies[0][:, None]
+                if not self.square:  # else it is the transpose
+                    by_b[(place, *here)] += known * energies[1][None, :]
+            else:
+                held = self._pair(name)
+                held[(place, *here)] = _added(held[(place, *here)], values)
+        if self.wanted:
+            alone = self._alone(index, site, found)
+            for name, signal in self.wanted.items():
+                held = self._largest(name)
+                held[here] = torch.fmax(held[here], signal(alone, "all"))
+
+    def _where(self, site: Site) -> tuple:
+        """Where the tile lies in the sums; slices where they can be, which are views."""
+        ends = []
+        for span, whole in ((site.rows.span, self.rows), (site.columns.span, self.columns)):
+            start = whole.index(span[0])
+            assert whole[start : start + len(span)] == span
+            ends.append(slice(start, start + len(span)))
+        return tuple(ends)
+
+    def _alone(self, index: int, site: Site, found: dict[str, Tensor]) -> Panel:
+        """The tile as a panel of one module."""
+        one = self.at[index : index + 1]
+        n = len(self.probes)
+        energies = [s.each(s.energy).nan_to_num() for s in (site.rows, site.columns)]
+        weighted = {
+            name: (
+                (found[name].nan_to_num() * energies[0][:, None])[None],
+                (found[name].nan_to_num() * energies[1][None, :])[None],
+            )
+            for name in found.keys() & self.means
+        }
+        return Panel(
+            self.probes,
+            self.modules[index : index + 1],
+            site.rows.span,
+            site.columns.span,
+            one,
+            {name: values[index : index + 1, :n] for name, values in self.each.items()},
+            one,
+            {name: values[None] for name, values in found.items() if name not in self.means},
+            weighted,
+        )
+
+    def _sets(self, index: int, stacks: list[Stack]) -> None:
+        names = {family for family in FAMILIES if FAMILIES[family] in self.families}
+        rows = [0]
+        for members in self.sets:
+            rows.append(rows[-1] + len(members))
+        for place, members in enumerate(self.sets):
+            stack = stacks[0].gathered(members, stacks[1:])
+            if "spectral" in names:
+                held = self._set("set_union", len(self.sets))
+                if stack.where:
+                    held[index, place] = subspace.set_products(stack).cpu()
+            if "curvature" in names:
+                held = self._set("joint", rows[-1])
+                held[index, rows[place] : rows[place + 1]] = curvature.set_products(stack)
+
+    def _own(self, name: str) -> Tensor:
+        return self._made(self.each, name, (len(self.modules), len(self.probes)), "cpu")
+
+    def _pair(self, name: str) -> Tensor:
+        shape = len(self.places), len(self.rows), len(self.columns)
+        return self._made(self.pair, name, shape, self.device)
+
+    def _weighted(self, name: str) -> tuple[Tensor, Tensor]:
+        if name not in self.weighted:
+            shape = len(self.places), len(self.rows), len(self.columns)
+            by_a = torch.zeros(shape, dtype=torch.float64, device=self.device)
+            self.weighted[name] = by_a, by_a.mT if self.square else torch.zeros_like(by_a)
+        return self.weighted[name]
+
+    def _largest(self, name: str) -> Tensor:
+        shape = len(self.rows), len(self.columns)
+        return self._made(self.largest, name, shape, self.device)
+
+    def _set(self, name: str, count: int) -> Tensor:
+        return self._made(self.set_each, name, (len(self.modules), count), "cpu")
+
+    def _made(self, held: dict[str, Tensor], name: str, shape: tuple, device) -> Tensor:
+        if name not in held:
+            held[name] = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
+        return held[name]
+
+    def panel(self) -> Panel:
+        def home(held: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: values.to("cpu") for name, values in held.items()}
+
+        return Panel(
+            self.probes,
+            self.modules,
+            self.rows,
+            self.columns,
+            self.at,
+            self.each,
+            self.places,
+            home(self.pair),
+            {name: (a.to("cpu"), b.to("cpu")) for name, (a, b) in self.weighted.items()},
+            home(self.largest),
+            self.sets,
+            self.set_each,
+            self.triples,
+        )
+
+
+def _merged(site: Site, functions: Sequence[Pairs]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for function in functions:
+        found |= function(site)
+    return found
+
+
+def _added(held: Tensor | None, values: Tensor) -> Tensor:
+    """Their sum; NaN only where neither was measured."""
+    if held is None:
+        return values
+    return torch.where(held.isnan(), values, held + values.nan_to_num())
