@@ -133,8 +133,12 @@ def test_resuming_keeps_what_the_first_steps_told(tmp_path):
         warnings.simplefilter("ignore")
         sft(tmp_path, [MergeProbeCallback(parts), Stop()], **saving)[0].train()
         assert not parts.exists()
-        trainer, _ = sft(tmp_path, [MergeProbeCallback(parts)], **saving)
+        trainer, model = sft(tmp_path, [MergeProbeCallback(parts)], **saving)
         trainer.train(resume_from_checkpoint=True)
+    plain, untouched = sft(tmp_path, [], folder="plain")
+    plain.train()
+    ours, theirs = weights(model), weights(untouched)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs), "bit-identical"
     one, two = read_probe(whole), read_probe(parts)
     assert one.meta["init_hash"] == two.meta["init_hash"]
     assert one.meta["losses"] == two.meta["losses"]

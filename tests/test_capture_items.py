@@ -66,6 +66,8 @@ def test_rows_in_which_nothing_counts_are_left_out():
     odd = {"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[1], [2]])}
     with pytest.raises(DataError, match="one shape"):
         from_features(odd)
+    with pytest.raises(DataError, match="pixel_values"):
+        from_features({"pixel_values": torch.zeros(1, 3)})
 
 
 def test_long_rows_keep_what_counts():

@@ -69,6 +69,11 @@ def items_of(features: Mapping[str, Any]) -> list[Item]:
     cut there, so none of them attends to another. Longer ones are cut to 1,024 tokens around the
     first that counts.
     """
+    if "input_ids" not in features:
+        raise DataError(
+            f"a training batch holds {sorted(features)} but no input_ids: expected a causal "
+            "language model's; pass calibration=[(prompt, completion), ...]"
+        )
     ids = torch.as_tensor(features["input_ids"]).long()
     mask, labels = features.get("attention_mask"), features.get("labels")
     real = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)

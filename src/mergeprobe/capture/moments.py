@@ -34,19 +34,19 @@ class MomentSketch:
         columns = min(dim, OVERSAMPLE * rank)
         self.omega = _draw(dim, columns).to(device)
         self.range = torch.zeros(dim, columns, device=device)
-        # on the device: reading it after every batch would make a GPU wait
-        self.total = torch.zeros((), dtype=torch.float64, device=device)
+        # ‖rows‖² of every batch, on the device: reading them on the way would make a GPU wait
+        self.squares: list[Tensor] = []
         self.rows = 0
 
     @property
     def trace(self) -> float:
         """Σ ‖v‖² over the rows seen, exact."""
-        return float(self.total)
+        return float(torch.stack(self.squares).cpu().double().sum()) if self.squares else 0.0
 
     def add(self, rows: Float[Tensor, "rows dim"]) -> None:
         rows = rows.float()
         self.range.addmm_(rows.T, rows @ self.omega)
-        self.total += torch.linalg.vector_norm(rows).double().square()
+        self.squares.append(torch.linalg.vector_norm(rows).square())
         self.rows += rows.shape[0]
 
     def moment(self, per: int | None = None) -> Moment:

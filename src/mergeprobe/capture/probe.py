@@ -249,9 +249,14 @@ def read_probe(path: str | Path) -> Probe:
         raise ProbeError(f"'{path}' is damaged: {type(problem).__name__} {problem}") from None
 
 
-def read_source(path: str | Path) -> Probe:
-    """A probe file, or a PEFT folder as a probe that has its update only."""
-    return Probe.from_adapter(read_adapter(path)) if Path(path).is_dir() else read_probe(path)
+def read_source(path: str | Path, base: Any = None) -> Probe:
+    """A probe file, or a PEFT folder as a probe that has its update only.
+
+    base: the base model, for folders whose update depends on it (see `read_adapter`).
+    """
+    if not Path(path).is_dir():
+        return read_probe(path)
+    return Probe.from_adapter(read_adapter(path, base))
 
 
 def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> Probe:

@@ -133,7 +133,7 @@ def _sketches(
         if key.startswith(f"{kind}:"):
             name = key.removeprefix(f"{kind}:")
             joined[name] = _sketch(ranges, summed[f"{kind} counted:{name}"])
-    first = {id(sketch): name for name, sketch in reversed(mine.items())}
+    first = {id(sketch): name for name, sketch in reversed(list(mine.items()))}
     return {name: joined[first[id(sketch)]] for name, sketch in mine.items()} | {
         name: sketch for name, sketch in joined.items() if name not in mine
     }
@@ -141,7 +141,7 @@ def _sketches(
 
 def _sketch(ranges: Float[Tensor, "dim columns"], counted: Float[Tensor, " two"]) -> MomentSketch:
     sketch = MomentSketch(ranges.shape[0], device=ranges.device)
-    sketch.range, sketch.total, sketch.rows = ranges, counted[0], int(counted[1])
+    sketch.range, sketch.squares, sketch.rows = ranges, [counted[0]], int(counted[1])
     return sketch
 
 

@@ -77,10 +77,9 @@ def record(
                 loss = token_losses(logits, targets)
                 hooks.backward = True
                 loss.sum().backward()
-            loss = loss.detach().double()
-            sums = torch.zeros(len(part), dtype=torch.float64, device=device)
-            sums.index_add_(0, items, loss)
-            losses.append((sums / torch.bincount(items, minlength=len(part))).cpu())
+            loss, items = loss.detach().cpu().double(), items.cpu()
+            sums = torch.zeros(len(part), dtype=torch.float64).index_add_(0, items, loss)
+            losses.append(sums / torch.bincount(items, minlength=len(part)))
             recording.tokens += targets.numel()
             recording.loss_sum += float(loss.sum())
     recording.item_loss = torch.cat(losses)
