@@ -11,7 +11,7 @@ defaults keep worst; one change at a time. Standard errors are over items. Rules
 the run's probes, searches their calibration items, rules that draw at random one seed.
 
 Every merge that is measured leaves a file in --work (default: methods/ in the run's folder), so a
-killed run goes on where it was. The whole table is about 200 merges of 5 × 48 items: hours on two
+killed run goes on where it was. The whole table is about 250 merges of 5 × 48 items: hours on two
 cores. --methods takes a part of it, and another call the rest.
 """
 
@@ -40,7 +40,7 @@ from mergeprobe.evaluate.score import batch_of, score
 from mergeprobe.evaluate.weights import search_weights
 from mergeprobe.lowrank import LowRank
 
-SCALES = (0.7, 1.0, 1.5, 2.0)
+SCALES = (0.4, 0.7, 1.0, 1.5, 2.0)
 DENSITIES = tuple({"density": density} for density in (0.1, 0.2, 0.5, 0.8))
 # what tuning tries besides the scales
 GRID: dict[str, tuple[dict[str, Any], ...]] = {

@@ -51,7 +51,7 @@ def lorahub(
     Source: LoraHub, arXiv:2307.13269, with its bounds, penalty and 40 steps. Ours differs in what
     is weighed, true updates, Σ wᵢ ΔWᵢ, where the paper composes (Σ wᵢBᵢ)(Σ wᵢAᵢ); and in the
     optimiser: quadratic models in a trust region (COBYQA, scipy) for nevergrad's NGOpt, which at
-    40 steps and few weights is COBYLA, its linear forerunner, and ends higher.
+    40 steps and few weights is COBYLA, its linear forerunner.
     """
     first = [float(weight) for weight in start]
     _check_search(first, budget, bound, penalty)
