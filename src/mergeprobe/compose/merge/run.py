@@ -132,25 +132,38 @@ def each_module(
 ) -> Iterator[tuple[str, Exact, int]]:
     """(module, its exact merge, the rank of that) for one module after the other.
 
-    Raises AdapterMismatch for NaN or infinite entries, MergeError where all weights of a module
-    are 0 and the rule needs their ratios.
+    Raises what `merged_module` does.
     """
     modules = module_names(adapters)
-    depth = depth_of(modules)
     for module in modules:
-        for adapter in adapters:
-            if module in adapter.modules:
-                check_finite(adapter.name, module, adapter.modules[module])
-        updates = updates_at(adapters, module)
-        held = [module in adapter.modules for adapter in adapters]
-        data = module_data(asked.method, asked.row.needs, module, held, probes)
-        weights = weights_at(asked.weights, module, depth)
-        if asked.row.weights == "ratios" and not any(weights):
-            raise MergeError(
-                f"all weights of '{module}' are 0, but '{asked.method}' needs their ratios; "
-                "raise one above 0"
-            )
-        yield module, exact_merge(asked, module, updates, weights, data), exact_rank(updates)
+        exact = merged_module(adapters, asked, probes, module, modules)
+        yield module, exact, exact_rank(updates_at(adapters, module))
+
+
+def merged_module(
+    adapters: Sequence[Adapter],
+    asked: Recipe,
+    probes: Sequence[Probe],
+    module: str,
+    modules: Sequence[str],
+) -> Exact:
+    """One module's exact merge. modules: all of them, for the depth of the model.
+
+    Raises AdapterMismatch for NaN or infinite entries, MergeError where all weights of the module
+    are 0 and the rule needs their ratios.
+    """
+    for adapter in adapters:
+        if module in adapter.modules:
+            check_finite(adapter.name, module, adapter.modules[module])
+    held = [module in adapter.modules for adapter in adapters]
+    data = module_data(asked.method, asked.row.needs, module, held, probes)
+    weights = weights_at(asked.weights, module, depth_of(modules))
+    if asked.row.weights == "ratios" and not any(weights):
+        raise MergeError(
+            f"all weights of '{module}' are 0, but '{asked.method}' needs their ratios; "
+            "raise one above 0"
+        )
+    return exact_merge(asked, module, updates_at(adapters, module), weights, data)
 
 
 def module_names(adapters: Sequence[Adapter]) -> list[str]:

@@ -7,7 +7,7 @@ adapter, whatever their number of modules. The numbers are those of `merge`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from mergeprobe.adapters.checkpoint import (
     shared_placement,
     write_adapter,
 )
+from mergeprobe.adapters.extras import average_extras
 from mergeprobe.adapters.weights import BaseWeights
 from mergeprobe.artefact import refuse_existing
+from mergeprobe.capture.probe import Probe
 from mergeprobe.compose.merge.data import Probes, probes_for
 from mergeprobe.compose.merge.module import exact_rank, rounded, written
 from mergeprobe.compose.merge.recipe import Recipe, recipe
@@ -50,7 +52,8 @@ class Written:
     """What a merge of folders wrote.
 
     rank: of every module in the file. exact_rank: the largest that any module would need to lose
-    nothing. parameters: entries of all B and A.
+    nothing. parameters: entries of all B and A. read_error: adapter -> relative error of what was
+    read of it, where a rank truncated that.
     """
 
     path: Path
@@ -59,6 +62,7 @@ class Written:
     rank: int
     exact_rank: int
     parameters: int
+    read_error: dict[str, float] = field(default_factory=dict)
 
 
 def merge_folders(
@@ -75,6 +79,8 @@ def merge_folders(
     scaling: float = 1.0,
     dtype: torch.dtype = torch.float32,
     base: Any = None,
+    read_rank: int | None = None,
+    extras: bool = False,
     stated: dict[str, Any] | None = None,
     force: bool = False,
     progress: Progress = lambda done, of, module: None,
@@ -84,13 +90,13 @@ def merge_folders(
 
     As `merge`, but for the rank: None keeps what is exact up to LARGEST_SERVED, and one above the
     exact rank is refused, for it would store zeros. dtype: of what is written; the certificate
-    counts its rounding. base: the base model, where a folder needs it
-    to be read (DoRA and other types that depend on the base's weights). stated: further entries of
+    counts its rounding. base, read_rank, extras: as `read_adapter` takes them (DoRA and other
+    types need the base); what reading truncated goes into the card. stated: further entries of
     the card. Raises what `merge` and `read_adapter` raise, and OutputExists.
     """
     out = Path(out)
     refuse_existing(out, force=force)
-    adapters = open_adapters(folders, base)
+    adapters = open_adapters(folders, base, rank=read_rank, extras=extras)
     names = [adapter.name for adapter in adapters]
     check_adapters(adapters)
     fingerprint = check_same_base(adapters)
@@ -105,9 +111,39 @@ def merge_folders(
             f"rank {rank} is above the exact rank of this merge, {highest}, so it would store "
             f"zeros; use at most {highest}, or none to keep the exact rank"
         )
-    spool, errors, total = Spool(out.parent), Errors(), len(module_names(adapters))
-    untrained = set(names)
-    for done, (module, exact, at_most) in enumerate(each_module(adapters, asked, given)):
+    spool = Spool(out.parent)
+    certificate = _spooled(spool, adapters, asked, given, dtype, progress)
+    card = asked.card() | {"dtype": str(dtype).removeprefix("torch.")} | (stated or {})
+    card["certificate"] = asdict(certificate)
+    lost = {adapter.name: adapter.lost() for adapter in adapters if adapter.truncation}
+    if lost:
+        card["read_truncation"] = lost
+    merged = Adapter(
+        out.name,
+        spool.updates(),
+        base=next((a.base for a in adapters if a.base), ""),
+        fingerprint=fingerprint,
+        config=shared_placement(adapters),
+        extras=average_extras(adapters, asked.weights["all"]),
+    )
+    write_adapter(merged, out, card=card, dtype=dtype, force=force)
+    stored = max(merged.ranks)
+    entries = stored * sum(sum(update.shape) for update in merged.modules.values())
+    return Written(out, tuple(names), certificate, stored, highest, entries, lost)
+
+
+def _spooled(
+    spool: Spool,
+    adapters: Sequence[Adapter],
+    asked: Recipe,
+    probes: Sequence[Probe],
+    dtype: torch.dtype,
+    progress: Progress,
+) -> Certificate:
+    """Merges into the spool. AdapterError if an adapter turns out to be zero everywhere."""
+    errors, total = Errors(), len(module_names(adapters))
+    untrained = {adapter.name for adapter in adapters}
+    for done, (module, exact, at_most) in enumerate(each_module(adapters, asked, probes)):
         update, error, size = written(exact, asked, at_most)
         if dtype is not torch.float32:
             update, error = rounded(update, exact, size, dtype)
@@ -115,33 +151,26 @@ def merge_folders(
         errors.add(module, error, size)
         untrained -= {a.name for a in adapters if _trained(a, module)} if untrained else set()
         progress(done + 1, total, module)
-    _refuse_untrained(adapters, untrained)
-    certificate = errors.certificate()
-    card = (
-        asked.card()
-        | {"dtype": str(dtype).removeprefix("torch.")}
-        | (stated or {})
-        | {"certificate": asdict(certificate)}
-    )
-    merged = Adapter(
-        out.name,
-        spool.updates(),
-        base=next((a.base for a in adapters if a.base), ""),
-        fingerprint=fingerprint,
-        config=shared_placement(adapters),
-    )
-    write_adapter(merged, out, card=card, dtype=dtype, force=force)
-    stored = max(merged.ranks)
-    entries = stored * sum(sum(update.shape) for update in merged.modules.values())
-    return Written(out, tuple(names), certificate, stored, highest, entries)
+    if untrained:
+        raise AdapterError(
+            f"'{min(untrained)}' is zero everywhere: it was never trained, or saved before "
+            "training; leave it out"
+        )
+    return errors.certificate()
 
 
-def open_adapters(folders: Sequence[str | Path], base: Any = None) -> list[Adapter]:
-    """Memory-mapped: nothing is read but headers. MergeError where two have the same name."""
+def open_adapters(
+    folders: Sequence[str | Path],
+    base: Any = None,
+    *,
+    rank: int | None = None,
+    extras: bool = False,
+) -> list[Adapter]:
+    """Memory-mapped where the files hold the factors. MergeError where two have the same name."""
     known = None if base is None else BaseWeights.of(base)  # loaded once for all
     found: dict[str, Adapter] = {}
     for folder in folders:
-        adapter = read_adapter(folder, known, strict=False)
+        adapter = read_adapter(folder, known, rank=rank, extras=extras, strict=False)
         if adapter.name in found:
             raise MergeError(
                 f"two adapters are called '{adapter.name}': '{found[adapter.name].path}' and "
@@ -165,12 +194,3 @@ def _served_rank(adapters: Sequence[Adapter]) -> int | None:
 
 def _trained(adapter: Adapter, module: str) -> bool:
     return module in adapter.modules and not is_zero(adapter.modules[module])
-
-
-def _refuse_untrained(adapters: Sequence[Adapter], untrained: set[str]) -> None:
-    for adapter in adapters:
-        if adapter.name in untrained:
-            raise AdapterError(
-                f"'{adapter.name}' is zero everywhere: it was never trained, or saved before "
-                "training; leave it out"
-            )
