@@ -28,6 +28,7 @@ from mergeprobe.predict.learned import Learned
 from mergeprobe.predict.planner import AdapterInfo, make_plan
 from mergeprobe.predict.predictor import Predictor
 from mergeprobe.predict.signal_rows import early_row, signal_rows
+from mergeprobe.predict.trimming import trimmed
 from mergeprobe.signals import tables
 
 PASSES_A_PAIR = 6  # below this a pair is left to the file tier
@@ -147,19 +148,20 @@ class Forecaster:
             for probe in self.probes
         ]
 
-    def parameters(self, names: Sequence[str]) -> int:
-        """Resident parameters of one adapter at the largest rank of `names`."""
+    def parameters(self, names: Sequence[str], rank: int | None = None) -> int:
+        """Resident parameters of one adapter at a rank, by default the largest of `names`."""
         mine = [probe for probe in self.probes if probe.name in names]
         shapes = {m: u.shape for probe in mine for m, u in probe.updates.items()}
-        return resident_parameters(shapes, self.rank(names))
+        return resident_parameters(shapes, rank or self.rank(names))
 
     def rank(self, names: Sequence[str]) -> int:
         """The largest rank among `names`."""
         mine = [probe for probe in self.probes if probe.name in names]
         return max(update.r for probe in mine for update in probe.updates.values())
 
-    def plan(self, *, min_retention: float = 0.9, **options: Any) -> Plan:
-        """The cheapest partition above the floor; see planner.make_plan."""
+    def plan(self, *, min_retention: float = 0.9, keep_ranks: bool = False, **options: Any) -> Plan:
+        """The cheapest partition above the floor; see planner.make_plan. Its groups are cut to the
+        ranks that do (trimming.trimmed), unless keep_ranks."""
         self.floor = min_retention
         names = [probe.name for probe in self.probes]
         for one, other in permutations(names, 2):  # pairs first: sets may use the budget up
@@ -177,6 +179,9 @@ class Forecaster:
             missing=self.missing,
             **options,
         )
+        if not keep_ranks:
+            self.progress("which ranks do")
+            plan = trimmed(self, plan)
         if self.learned is None or not self.learned.far:
             return plan
         said = f"{self._far()}: these come from the surrogate and the early merge, uncalibrated"
