@@ -60,6 +60,15 @@ class Adapter:
         """Frobenius norm of the whole update over all modules."""
         return sum(norm(update) ** 2 for update in self.modules.values()) ** 0.5
 
+    def lost(self) -> float:
+        """Relative Frobenius error of the whole update by `truncation`; 0 where it is exact."""
+        kept, dropped = self.norm() ** 2, 0.0
+        for module, error in self.truncation.items():
+            # what was kept and what was dropped are orthogonal
+            share = min(error, 1.0 - 1e-12) ** 2
+            dropped += norm(self.modules[module]) ** 2 * share / (1.0 - share)
+        return (dropped / (kept + dropped)) ** 0.5 if dropped else 0.0
+
 
 def refuse_degenerate(adapter: Adapter) -> None:
     """Raises AdapterError if an entry is not finite or the whole update is zero."""

@@ -77,7 +77,7 @@ def read_adapter(
     adapter that has some is refused. With `strict` (the default) an adapter with a NaN or infinite
     entry, or one that is zero everywhere, is refused; `doctor` reads with strict=False to say what
     is wrong. Raises AdapterError with one line that names the folder and the reason, or
-    AdapterMismatch if `base` is another model than the adapter's.
+    AdapterMismatch if `base` was needed and is another model than the adapter's.
     """
     folder = Path(path)
     if rank is not None and rank < 1:
@@ -92,10 +92,11 @@ def read_adapter(
         base_name = str(named) if isinstance(named, str | Path) else ""
     else:
         config, card = _read_config(folder), _read_card(folder)
-        _check_base(folder, card, weights)
         base_name = str(config.get("base_model_name_or_path") or "")
         tensors = read_tensors(folder / WEIGHTS)
         contents = contents_of(tensors, config, folder, weights, rank=rank, extras=extras)
+        if contents.widened or PEFT_TYPES[kind_of(config)].base:
+            _check_base(folder, card, weights)
         if contents.widened:  # its own placement would miss what is now an update or a value
             config = {key: value for key, value in config.items() if key not in PLACEMENT}
     if contents.extras and not extras:

@@ -38,6 +38,10 @@ def expand(arguments: Sequence[Path], *, probes: bool = True) -> list[Path]:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder means to be a PEFT adapter, sound or not."""
+    """Whether a folder means to be a PEFT adapter, sound or not, or holds a fine-tuned model."""
+    from mergeprobe.adapters.finetuned import is_model_folder
+
     names = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-    return path.is_dir() and any((path / name).exists() for name in names)
+    return path.is_dir() and (
+        any((path / name).exists() for name in names) or is_model_folder(path)
+    )

@@ -72,9 +72,14 @@ class BaseWeights:
         return not hasattr(self.layer(module), "nf")
 
     def weight(self, module: str) -> Float[Tensor, "out in"]:
-        """W in float64 on the CPU; BaseModelError for packed (quantised) weights."""
+        """W in float64 on the CPU; a bitsandbytes weight as it is dequantised to compute with.
+
+        Raises BaseModelError for weights packed in another way.
+        """
         layer, shape = self.layer(module), self.shape(module)
         stored = layer.weight.detach()
+        if not stored.is_floating_point():
+            stored = _unpacked(layer)
         if not stored.is_floating_point():
             raise BaseModelError(
                 f"'{module}' is stored as {stored.dtype} in the base model {self.name}: the update "
@@ -95,3 +100,10 @@ class BaseWeights:
         if not isinstance(found, Tensor) or not torch.is_floating_point(found):
             raise AdapterMismatch(f"the base model {self.name} has no parameter '{name}'")
         return found.detach()
+
+
+def _unpacked(layer: Any) -> Tensor:
+    """The weight that a quantised layer computes with, or as it is stored where PEFT knows none."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(layer).detach()

@@ -91,7 +91,9 @@ def _measure(
     from mergeprobe.plan import check_name
 
     deployment = read_deployment(folder)
-    given = read_adapters(adapters)
+    with show.working("reading") as progress:
+        loaded = load_base(base, notify=progress)
+    given = read_adapters(adapters, loaded)
     if lacking := [name for name in deployment.entries if name not in given]:
         raise DeploymentError(
             f"the deployment serves {lacking}, not among the adapters given: {sorted(given)}"
@@ -101,7 +103,6 @@ def _measure(
         for name in deployment.entries
     }
     with show.working("measuring") as progress:
-        loaded = load_base(base, notify=progress)
         found = deployed_retention(loaded, deployment, given, items, progress=progress)
     known = any(part.gain is not None for part in found.values())
     total = set_retention(found) if known else None

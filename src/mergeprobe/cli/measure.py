@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergeprobe.cli.options import Force, Json, NeededBase, Sources
+from mergeprobe.cli.options import Force, Json, NeededBase, ReadingBase, Sources
 
 if TYPE_CHECKING:
     import polars as pl
@@ -122,6 +122,7 @@ def probe(
 
 def signals(
     sources: Sources,
+    base: ReadingBase = None,
     out: Annotated[
         Path | None,
         typer.Option(help="All pair rows as Parquet, one for each ordered pair.", show_default="-"),
@@ -141,7 +142,7 @@ def signals(
 
     if out is not None:
         refuse_existing(out, force=force)
-    found = tables(read_sources(sources))
+    found = tables(read_sources(sources, base))
     if out is not None:
         write_parquet(found["pairs"], out, force=force)
     if json:

@@ -41,6 +41,32 @@ NeededBase = Annotated[
         show_default=False,
     ),
 ]
+ReadingBase = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="Base model, for adapters whose update depends on it: DoRA, IA3, OFT, VeRA, saved "
+        "Linear modules, whole fine-tuned models.",
+        show_default=False,
+    ),
+]
+ReadingRank = Annotated[
+    int | None,
+    typer.Option(
+        "--read-rank",
+        min=1,
+        help="Truncate each adapter to this rank as it is read; for those of full rank.",
+        show_default="exact",
+    ),
+]
+Extras = Annotated[
+    bool,
+    typer.Option(
+        "--extras",
+        help="Carry trained embeddings, norms, biases and saved modules; merges average them. "
+        "Without it an adapter that has some is refused.",
+    ),
+]
 Budget = Annotated[
     int | None,
     typer.Option(

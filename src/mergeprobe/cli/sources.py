@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergeprobe.adapters.sources import expand
 from mergeprobe.errors import MergeProbeError
@@ -14,20 +14,30 @@ if TYPE_CHECKING:
     from mergeprobe.capture.probe import Probe
 
 
-def read_sources(arguments: Sequence[Path]) -> list[Probe]:
-    """Probes as they are, adapters as probes that have their update only."""
+def read_sources(arguments: Sequence[Path], base: Any = None) -> list[Probe]:
+    """Probes as they are, adapters as probes that have their update only.
+
+    base: what `read_adapter` takes, for adapters whose update depends on it; loaded once.
+    """
     from mergeprobe.capture.probe import read_source
 
-    return [read_source(path) for path in expand(arguments)]
+    known = _opened(base)
+    return [read_source(path, known) for path in expand(arguments)]
 
 
-def read_adapters(arguments: Sequence[Path]) -> dict[str, Adapter]:
-    """Adapters by folder name; MergeProbeError where two folders have the same."""
+def read_adapters(
+    arguments: Sequence[Path], base: Any = None, *, rank: int | None = None, extras: bool = False
+) -> dict[str, Adapter]:
+    """Adapters by folder name; MergeProbeError where two folders have the same.
+
+    base, rank, extras: see `read_adapter`; the base is loaded once.
+    """
     from mergeprobe.adapters.checkpoint import read_adapter
 
+    known = _opened(base)
     found: dict[str, Adapter] = {}
     for path in expand(arguments, probes=False):
-        adapter = read_adapter(path)
+        adapter = read_adapter(path, known, rank=rank, extras=extras)
         if adapter.name in found:
             raise MergeProbeError(
                 f"two adapters are called '{adapter.name}': '{found[adapter.name].path}' and "
@@ -35,3 +45,9 @@ def read_adapters(arguments: Sequence[Path]) -> dict[str, Adapter]:
             )
         found[adapter.name] = adapter
     return found
+
+
+def _opened(base: Any) -> Any:
+    from mergeprobe.adapters.weights import BaseWeights
+
+    return None if base is None else BaseWeights.of(base)
