@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # the share of its retention that cutting may cost an adapter; merging is what the floor is for
 KEPT = 0.98
-# how far finished adapters lay from their snapshots' shares: cohorts t…, 5 and 10 % of training
-BELOW, ABOVE = 0.01, 0.04
+# how far finished adapters lay from their snapshots' shares at 5 and 10 % of training:
+# benchmarks/truncation.py, cohort t1
+BELOW, ABOVE = 0.015, 0.04
 CUT = (Action.route, Action.merge, Action.reweight)
 
 
