@@ -27,7 +27,6 @@ from mergeprobe.bench.summary import summary
 from mergeprobe.capture.probe import read_probe, write_probe
 from mergeprobe.cli.app import VERBS, app
 from mergeprobe.cli.sources import expand
-from mergeprobe.compose import METHODS
 from mergeprobe.plan import read_plan
 
 NAMES = sorted(ANSWERS)
@@ -368,13 +367,6 @@ def test_merge_prints_its_certificate(capsys, world, tmp_path):
         error += float((update.dense() - exact).square().sum())
         size += float(exact.square().sum())
     assert found["error"] == pytest.approx((error / size) ** 0.5, rel=1e-3)
-
-
-def test_every_option_of_every_method_can_be_given(capsys, world, tmp_path):
-    for name, method in METHODS.items():
-        given = [word for key, value in method.defaults.items() for word in (f"--{key}", value)]
-        arguments = ("--method", name, "--rank", "2", *given, "--out", tmp_path / name)
-        printed(capsys, "merge", world.adapters, *arguments)
 
 
 def test_doctor(capsys, world, tmp_path):

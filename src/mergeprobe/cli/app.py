@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 
 from mergeprobe.cli.bench import RUN, run
-from mergeprobe.cli.carry_out import APPLY, MERGE, apply, merge
+from mergeprobe.cli.carry_out import APPLY, apply
 from mergeprobe.cli.decide import FORECAST, PLAN, forecast, plan
 from mergeprobe.cli.demo import DEMO, demo
 from mergeprobe.cli.judge import DOCTOR, EVALUATE, REPORT, doctor, evaluate, report
 from mergeprobe.cli.learn import FIT, TABLES, bench_report, fit
 from mergeprobe.cli.measure import PROBE, SIGNALS, probe, signals
+from mergeprobe.cli.merging import MERGE, merge
 from mergeprobe.cli.options import examples, flowing
 from mergeprobe.version import __version__
 

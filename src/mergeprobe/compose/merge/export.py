@@ -33,7 +33,13 @@ from mergeprobe.compose.merge.run import (
     merged_module,
     module_names,
 )
-from mergeprobe.compose.merge.stream import Progress, Written, open_adapters
+from mergeprobe.compose.merge.stream import (
+    Progress,
+    Written,
+    open_adapters,
+    refuse_untrained,
+    trained,
+)
 from mergeprobe.compose.merge.weights import Weights
 from mergeprobe.errors import AdapterMismatch, BaseModelError
 from mergeprobe.lowrank import LowRank
@@ -76,12 +82,14 @@ def merge_into_base(
     shards = {path.name: _headers(path) for path in sorted(source.glob("*.safetensors"))}
     places = _places(shards, total, source)
     errors, done = Errors(), iter(range(1, len(total) + 1))
+    untrained = set(names)
 
     def added(path: Path, key: str, module: str) -> Tensor:
         weight = _tensor(path, key)
         exact = merged_module(adapters, asked, given, module, total)
         changed, error, size = _add(weight, exact, _transposed(adapters), module)
         errors.add(module, error, size)
+        untrained.difference_update({a.name for a in adapters if trained(a, module)})
         progress(next(done), len(total), module)
         return changed
 
@@ -92,6 +100,7 @@ def merge_into_base(
                 write_tensors(folder / file.name, planned, {"format": "pt"})
             elif file.is_file() and not file.name.startswith("."):
                 shutil.copyfile(file, folder / file.name)
+        refuse_untrained(untrained)
         certificate = errors.certificate()
         _write_card(folder, asked, adapters, certificate, stated or {})
     return Written(out, tuple(names), certificate, 0, 0, _entries(shards))

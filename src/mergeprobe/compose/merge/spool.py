@@ -14,28 +14,34 @@ from mergeprobe.lowrank import LowRank
 
 
 class Spool:
-    """Updates kept in a nameless temporary file in `folder`, and read back memory-mapped.
+    """Updates kept in a nameless temporary file beside `out`, and read back memory-mapped.
 
     The rank of a file of adapters is that of its largest module, so nothing can go to its place
-    before all are known. The temporary file is gone when the process is, however it ends.
+    before all are known. The temporary file is gone when the process is, however it ends. An
+    error of the file system names `out`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as this is
+    def __init__(self, out: Path) -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self._out = out
+        self._file = tempfile.TemporaryFile(dir=out.parent)  # noqa: SIM115 - open as long as this is
         self._shapes: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
 
     def add(self, module: str, update: LowRank) -> None:
         out, into = update.folded()
         self._shapes[module] = (out.shape[0], out.shape[1]), (into.shape[0], into.shape[1])
-        for factor in (out, into):
-            if factor.numel():
-                flat = factor.float().contiguous().reshape(-1)
-                self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+        try:
+            for factor in (out, into):
+                if factor.numel():
+                    flat = factor.float().contiguous().reshape(-1)
+                    self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+            self._file.flush()
+        except OSError as problem:
+            problem.filename = str(self._out)
+            raise
 
     def updates(self) -> dict[str, LowRank]:
         """All that was added, float32, backed by the file."""
-        self._file.flush()
         entries = sum(math.prod(shape) for pair in self._shapes.values() for shape in pair)
         if entries == 0:
             flat = torch.zeros(0)

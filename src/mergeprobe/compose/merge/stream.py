@@ -111,7 +111,7 @@ def merge_folders(
             f"rank {rank} is above the exact rank of this merge, {highest}, so it would store "
             f"zeros; use at most {highest}, or none to keep the exact rank"
         )
-    spool = Spool(out.parent)
+    spool = Spool(out)
     certificate = _spooled(spool, adapters, asked, given, dtype, progress)
     card = asked.card() | {"dtype": str(dtype).removeprefix("torch.")} | (stated or {})
     card["certificate"] = asdict(certificate)
@@ -149,13 +149,9 @@ def _spooled(
             update, error = rounded(update, exact, size, dtype)
         spool.add(module, update)
         errors.add(module, error, size)
-        untrained -= {a.name for a in adapters if _trained(a, module)} if untrained else set()
+        untrained -= {a.name for a in adapters if trained(a, module)} if untrained else set()
         progress(done + 1, total, module)
-    if untrained:
-        raise AdapterError(
-            f"'{min(untrained)}' is zero everywhere: it was never trained, or saved before "
-            "training; leave it out"
-        )
+    refuse_untrained(untrained)
     return errors.certificate()
 
 
@@ -166,11 +162,20 @@ def open_adapters(
     rank: int | None = None,
     extras: bool = False,
 ) -> list[Adapter]:
-    """Memory-mapped where the files hold the factors. MergeError where two have the same name."""
-    known = None if base is None else BaseWeights.of(base)  # loaded once for all
+    """Memory-mapped where the files hold the factors. MergeError where two have the same name.
+
+    base: loaded at most once, and not before a folder turns out to need it.
+    """
+    known: BaseWeights | None = None
     found: dict[str, Adapter] = {}
     for folder in folders:
-        adapter = read_adapter(folder, known, rank=rank, extras=extras, strict=False)
+        try:
+            adapter = read_adapter(folder, known, rank=rank, extras=extras, strict=False)
+        except AdapterError:
+            if base is None or known is not None:
+                raise
+            known = BaseWeights.of(base)
+            adapter = read_adapter(folder, known, rank=rank, extras=extras, strict=False)
         if adapter.name in found:
             raise MergeError(
                 f"two adapters are called '{adapter.name}': '{found[adapter.name].path}' and "
@@ -192,5 +197,14 @@ def _served_rank(adapters: Sequence[Adapter]) -> int | None:
     return LARGEST_SERVED if max(exact_rank(part) for part in parts) > LARGEST_SERVED else None
 
 
-def _trained(adapter: Adapter, module: str) -> bool:
+def trained(adapter: Adapter, module: str) -> bool:
     return module in adapter.modules and not is_zero(adapter.modules[module])
+
+
+def refuse_untrained(names: set[str]) -> None:
+    """AdapterError if any adapter has turned out to be zero everywhere."""
+    if names:
+        raise AdapterError(
+            f"'{min(names)}' is zero everywhere: it was never trained, or saved before training; "
+            "leave it out"
+        )
