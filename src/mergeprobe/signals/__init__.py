@@ -1,8 +1,7 @@
 """Probes -> numbers: the file tier of measurement, which needs no model."""
 
 from mergeprobe.signals.families import FAMILIES, Effort
-from mergeprobe.signals.measure import measure
-from mergeprobe.signals.on_disk import on_disk
+from mergeprobe.signals.files import on_disk
 from mergeprobe.signals.rows import (
     adapter_rows,
     layer_rows,
@@ -12,6 +11,7 @@ from mergeprobe.signals.rows import (
     set_rows,
     tables,
 )
+from mergeprobe.signals.sums import measure
 from mergeprobe.signals.table import SIGNALS, Signal, markdown
 
 __all__ = [

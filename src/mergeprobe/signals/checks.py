@@ -10,7 +10,7 @@ from mergeprobe.adapters.checkpoint import Adapter, check_same_base, natural
 from mergeprobe.capture.probe import Probe
 from mergeprobe.errors import AdapterMismatch, ProbeError
 from mergeprobe.lowrank import LowRank
-from mergeprobe.signals.on_disk import shape_of
+from mergeprobe.signals.files import shape_of
 
 
 def check_probes(probes: Sequence[Probe]) -> None:

@@ -8,6 +8,8 @@ its sketch R_outᵀ G R_in, whose inner products are unbiased for those of G. Th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from mergeprobe.capture.probe import Probe
 from mergeprobe.capture.sketch import sketch_update
 from mergeprobe.errors import ProbeError
-from mergeprobe.signals.on_disk import shape_of
+from mergeprobe.signals.files import shape_of
 from mergeprobe.signals.panel import Panel
 from mergeprobe.signals.site import Site, cosine, ratio
 from mergeprobe.signals.stack import Stack
@@ -110,6 +112,15 @@ def _sketch_size(stack: Stack) -> int | None:
                     f"in '{probe.name}'; record both probes with one sketch size"
                 )
     return first[1][0] if first else None
+
+
+def sketch_size(probes: Sequence[Probe]) -> int | None:
+    """The k of the first sketch among these probes; None where there is none."""
+    for probe in probes:
+        for part in PARTS:
+            for module in (held := getattr(probe, part)):
+                return shape_of(held, module)[0]
+    return None
 
 
 def _sketches(stack: Stack, part: str, size: int) -> Float[Tensor, "span kk"]:

@@ -15,8 +15,8 @@ from mergeprobe.capture.probe import Probe
 from mergeprobe.signals.checks import check_in_common
 from mergeprobe.signals.curvature import FULL_TRIPLES
 from mergeprobe.signals.families import Effort
-from mergeprobe.signals.measure import measure
 from mergeprobe.signals.panel import Panel, Place
+from mergeprobe.signals.sums import measure
 from mergeprobe.signals.table import SIGNALS, columns, of_kind
 from mergeprobe.signals.update import SIGN_ROWS
 
@@ -40,7 +40,7 @@ def pair_rows(
 
 def adapter_rows(probes: Sequence[Probe], *, effort: Effort | None = None) -> pl.DataFrame:
     """One row per adapter: a, then the adapter signals. Raises as pair_rows does."""
-    return adapter_table(measure(probes, effort or Effort(), pairs=False))
+    return adapter_table(measure(probes, effort, pairs=False))
 
 
 def set_rows(
@@ -252,5 +252,5 @@ def _named(panel: Panel, columns: dict[str, Tensor]) -> list[pl.Series]:
 
 def _column(name: str, values: Tensor) -> pl.Series:
     """Float64, with null for everything that is not a finite number."""
-    numbers = torch.where(values.isfinite(), values, torch.nan)
-    return pl.Series(name, numbers.double().numpy(), dtype=pl.Float64).fill_nan(None)
+    numbers = torch.where(values.isfinite(), values, torch.nan).double().numpy()
+    return pl.Series(name, numbers, dtype=pl.Float64, nan_to_null=True)

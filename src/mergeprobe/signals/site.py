@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mergeprobe.signals.stack import Stack
 
+FINE = 256  # pairs of components; more than these are summed by side, not one by one
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -42,11 +44,7 @@ class Site:
             _product(getattr(self.rows, side), getattr(self.columns, side))
             for side in ("left", "right")
         )
-        found = left[0, :, 0] * right[0, :, 0]
-        for k in range(left.shape[0]):
-            for l in range(left.shape[2]):  # noqa: E741
-                if k or l:
-                    found.addcmul_(left[k, :, l], right[k, :, l])
+        found = _contracted(left, right)
         scaled = found.double() * self.rows.scale[:, None] * self.columns.scale[None, :]
         return (scaled + scaled.mT) / 2 if self.diagonal else scaled
 
@@ -120,6 +118,21 @@ def _product(
     """one_akᵀ two_bl for every a, b, k, l, as one matrix product."""
     flat = one.flatten(0, 1) @ two.flatten(0, 1).mT
     return flat.reshape(*one.shape[:2], *two.shape[:2])
+
+
+def _contracted(
+    left: Float[Tensor, "r a s b"], right: Float[Tensor, "r a s b"]
+) -> Float[Tensor, "a b"]:
+    """Σ_kl left_kl right_kl. Over (a, b) at once where that is the long side; both are exact."""
+    r, _, s, _ = left.shape
+    if r * s > FINE:
+        return torch.stack([(left[k] * right[k]).sum(1) for k in range(r)]).sum(0)
+    found = left[0, :, 0] * right[0, :, 0]
+    for k in range(r):
+        for l in range(s):  # noqa: E741
+            if k or l:
+                found.addcmul_(left[k, :, l], right[k, :, l])
+    return found
 
 
 def ratio(over: Tensor, under: Tensor, empty: float = torch.nan) -> Tensor:

@@ -20,7 +20,7 @@ from mergeprobe.capture.probe import Probe
 from mergeprobe.signals import curvature, subspace, update
 from mergeprobe.signals.checks import check_probes, resolve
 from mergeprobe.signals.families import FAMILIES, PRECISIONS, Effort, Family, Pairs
-from mergeprobe.signals.on_disk import rank_of
+from mergeprobe.signals.files import rank_of
 from mergeprobe.signals.panel import Panel, Place
 from mergeprobe.signals.site import Site
 from mergeprobe.signals.stack import Stack
@@ -42,7 +42,7 @@ def one_thread() -> Iterator[None]:
 
 def measure(
     probes: Sequence[Probe],
-    effort: Effort = Effort(),
+    effort: Effort | None = None,
     *,
     rows: Sequence[int] | None = None,
     columns: Sequence[int] | None = None,
@@ -61,7 +61,7 @@ def measure(
     Raises ProbeError for no probes, two of one name or one with entries that are not finite,
     AdapterMismatch for other bases.
     """
-    probes = tuple(probes)
+    probes, effort = tuple(probes), effort or Effort()
     check_probes(probes)
     modules = tuple(sorted({m for probe in probes for m in probe.updates}, key=natural))
     at = places(modules, probes, layers=layers)

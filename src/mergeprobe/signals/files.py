@@ -29,6 +29,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 WEIGHTS = "adapter_model.safetensors"
 SKETCHES = ("halfway", "gradient_base", "gradient")
 MOMENTS = ("inputs", "outputs")
+WHOLE = ("drift", "calibration")  # small, and needed as a whole
 
 # key -> (dtype, shape, first byte, bytes), counted from the end of the header
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...], int, int]]
@@ -102,7 +103,7 @@ def shape_of(part: Mapping[str, Any], module: str) -> tuple[int, ...]:
     return part.shapes[module] if isinstance(part, OnDisk) else tuple(part[module].shape)
 
 
-def rank_of(updates: Mapping[str, LowRank], module: str) -> int:
+def rank_of(updates: Mapping[str, Any], module: str) -> int:
     """The number of a module's rank components, without reading it where it is stored."""
     ranks = updates.ranks if isinstance(updates, OnDisk) else None
     return updates[module].r if ranks is None else ranks[module]
@@ -123,7 +124,18 @@ def on_disk(probe: Probe) -> Probe:
     changed: dict[str, Any] = {"updates": _updates(probe.updates, file)}
     changed |= {part: _sketches(part, getattr(probe, part), file) for part in SKETCHES}
     changed |= {part: _moments(part, getattr(probe, part), file) for part in MOMENTS}
+    changed |= {part: _copied(getattr(probe, part)) for part in WHOLE}
     return replace(probe, **changed)
+
+
+def _copied(part: Any) -> Any:
+    """A copy whose tensors do not keep the file that they were read from mapped."""
+    if part is None:
+        return None
+    return replace(
+        part,
+        **{name: v.clone() for name, v in vars(part).items() if isinstance(v, Tensor)},
+    )
 
 
 def _updates(updates: Mapping[str, LowRank], file: TensorFile) -> Mapping[str, LowRank]:
