@@ -12,9 +12,10 @@ from mergeprobe.cli.decide import FORECAST, PLAN, forecast, plan
 from mergeprobe.cli.demo import DEMO, demo
 from mergeprobe.cli.judge import DOCTOR, EVALUATE, REPORT, doctor, evaluate, report
 from mergeprobe.cli.learn import FIT, TABLES, bench_report, fit
-from mergeprobe.cli.measure import PROBE, SIGNALS, probe, signals
+from mergeprobe.cli.measure import PROBE, probe
 from mergeprobe.cli.merging import MERGE, merge
 from mergeprobe.cli.options import examples, flowing
+from mergeprobe.cli.signals import SIGNALS, signals
 from mergeprobe.version import __version__
 
 # verb -> (what it does, its examples), in the order of a user's way

@@ -108,7 +108,8 @@ class Panel:
         With region "each": (m, n), one value a module.
         """
         if product not in self.each:
-            return torch.full((self.n,), torch.nan, dtype=torch.float64)
+            shape = (len(self.modules), self.n) if region == EACH else (self.n,)
+            return torch.full(shape, torch.nan, dtype=torch.float64)
         values = self.each[product]
         return values if region == EACH else known_sum(values[self._modules(region)])
 
