@@ -28,6 +28,13 @@ def pcb(
 
     Source: arXiv:2410.02396, in the form of its authors' code, which has tanh of the product with
     the sum where the paper has a sum of softmaxes. Ours differs: per module, not over the model.
+
+    Assumes: that large entries matter to an adapter and that agreement with the sum tells which of
+    them to trust.
+    Fails: where one adapter is much larger than the rest: agreement with the sum is then agreement
+    with it.
+    Cost: passes over the entries and two selections a module, the dense updates of one module, and
+    one truncated SVD of the result.
     """
     if not 0 < density <= 1:
         raise MergeError(f"density is {density}; expected the share of entries to keep, in (0, 1]")

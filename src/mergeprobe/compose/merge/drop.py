@@ -28,6 +28,12 @@ def dare_linear(
     density in (0, 1]. Its expectation is `linear`. Source: arXiv:2311.03099, which drops 50 to
     99 %, on full-model updates; low-rank updates are far from sparse, and one draw is noise of
     relative size √((1 − density)/density).
+
+    Assumes: that updates are redundant enough for a random part of their entries to stand for all.
+    Fails: on low-rank updates, which are not: the noise of the draw has high rank, and truncation
+    removes part of the noise only.
+    Cost: a random number for each entry, the dense updates of one module, and one truncated SVD of
+    the result.
     """
     merged = torch.zeros_like(updates[0])
     for kept, weight in zip(dropped(updates, density, generator), weights, strict=True):
@@ -47,6 +53,11 @@ def dare_ties(
 
     density in (0, 1]. normalise: 1 averages those that agree, so that only the ratios of the
     weights matter; 0 adds them. Source: arXiv:2311.03099 with arXiv:2306.01708.
+
+    Assumes: what DARE and TIES assume: redundancy, and signs that a majority of mass tells.
+    Fails: where DARE does; the election then acts on noise too.
+    Cost: a random number for each entry, the dense updates of one module, and one truncated SVD of
+    the result.
     """
     weighted = torch.empty_like(updates)
     kept = dropped(updates, density, generator)
@@ -71,6 +82,12 @@ def della(
     averages those that agree, so that only the ratios of the weights matter; 0 adds them.
     Source: arXiv:2406.11617. Ours differs: epsilon is half the range of the chances, as mergekit
     has it; the paper's ε is all of it.
+
+    Assumes: that an entry's rank in its row tells how much it matters.
+    Fails: where rows are of very different importance, since each keeps the same share; and where
+    DARE fails.
+    Cost: a sort of every row, a random number for each entry, the dense updates of one module, and
+    one truncated SVD of the result.
     """
     weighted = torch.empty_like(updates)
     kept = dropped_by_rank(updates, density, epsilon, generator)
@@ -90,6 +107,11 @@ def della_linear(
     """DELLA's dropping, then Σ wᵢ ΔWᵢ: no signs are elected. Its expectation is `linear`.
 
     Options and source as for `della`.
+
+    Assumes: that an entry's rank in its row tells how much it matters.
+    Fails: where DARE fails: the noise of the draw has high rank.
+    Cost: a sort of every row, a random number for each entry, the dense updates of one module, and
+    one truncated SVD of the result.
     """
     merged = torch.zeros_like(updates[0])
     kept = dropped_by_rank(updates, density, epsilon, generator)

@@ -31,12 +31,16 @@ def fisher(
     at the module's outputs and of its inputs. normalise: 1 divides each Fᵢ by its own mean over
     the module, so that no adapter outweighs another only because its loss gradients are larger;
     0 takes them raw. floor: the least Fᵢ, as a share (> 0) of the mean of all Fᵢ. Only the ratios
-    of the weights matter; none below 0. Fails where the loss is far from quadratic between the
-    adapters, and where probes were taken too early to know what matters to the finished adapter.
+    of the weights matter; none below 0.
 
     Source: arXiv:2111.09832. Ours differs: K-FAC's product of two expectations stands for the
     expectation of the product; the published code normalises over the whole model, ours per
     module, and its floor is absolute; the Fisher is empirical, from the data's own labels.
+
+    Assumes: that each adapter's loss is quadratic around it, with a diagonal curvature.
+    Fails: where the loss is far from quadratic between the adapters, and where probes were taken
+    too early to know what matters to the finished adapter.
+    Cost: the dense updates and Fishers of one module, then one truncated SVD.
     """
     if not (math.isfinite(floor) and floor > 0):
         raise MergeError(f"floor is {floor}; expected a share of the mean Fisher, such as 1e-6")

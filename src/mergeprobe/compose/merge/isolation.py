@@ -39,6 +39,12 @@ def core_isolation(
     magnitude wins, relative to the root mean square of its update. Non-core entries get the
     spherical mean of the updates with their cores cut out. Weights at least 0; only their ratios
     matter. Published: core 1 %, threshold 0.1.
+
+    Assumes: that an adapter's skill sits in its few largest entries.
+    Fails: on low-rank updates, whose largest entries are a small part of them; and truncation blurs
+    the cores that were kept verbatim.
+    Cost: a selection over each update's entries, a spherical mean of dense updates, then one
+    truncated SVD.
     """
     if not (0 < core <= 1 and 0 <= threshold <= 1):
         raise MergeError(
@@ -74,6 +80,10 @@ def core_isolation_lowrank(
     orthogonal inputs stay verbatim, and of a conflict the stronger one does. What is left of the
     updates is blended by SLERP and kept off the core inputs by (I − V Vᵀ). Weights at least 0,
     for the blend alone; only their ratios matter. A variant of ours, of rank at most Σ rᵢ.
+
+    Assumes: that an adapter's skill sits in its largest components.
+    Fails: where cores need the same inputs: the weaker one is cut to what the stronger left.
+    Cost: (out + in) · (Σ r)² a module; no ΔW is formed.
     """
     if components < 1 or components != int(components):
         raise MergeError(f"components is {components}; expected a whole number from 1")

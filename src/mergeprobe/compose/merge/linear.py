@@ -18,6 +18,11 @@ def linear(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
 
     Never the product of averaged factors, (Σ wᵢBᵢ)(Σ wᵢAᵢ): its cross terms BᵢAⱼ cost a relative
     error of about √(N − 1) for N independent adapters.
+
+    Assumes: that the loss is close to quadratic around the base, so that weights mix as effects do.
+    Fails: where adapters ask for opposite changes of the same directions, and with many adapters:
+    each keeps 1/T of its own.
+    Cost: copying the factors; a truncation costs (out + in) · (Σ r)² a module; no ΔW is formed.
     """
     return concat(updates, weights)
 
@@ -26,6 +31,11 @@ def total(updates: Sequence[LowRank], weights: Sequence[float], *, scale: float 
     """Task arithmetic: scale · Σ wᵢ ΔWᵢ, with every wᵢ = 1 unless given.
 
     Source: arXiv:2212.04089, whose λ is `scale`; the paper searches λ in 0.3…1.
+
+    Assumes: that the adapters act in nearly orthogonal directions, so that each is kept whole.
+    Fails: where they share directions, which are then counted T times, and where the sum leaves the
+    region in which the base's loss is flat.
+    Cost: copying the factors; a truncation costs (out + in) · (Σ r)² a module; no ΔW is formed.
     """
     if not math.isfinite(scale):
         raise MergeError(f"scale is {scale}; expected a finite number, such as 0.3 to 1")
@@ -38,6 +48,10 @@ def norm_preserving_mean(updates: Sequence[LowRank], weights: Sequence[float]) -
     A mean of N independent updates is √N too short; this undoes only that. Per module; only the
     ratios of the weights matter. Where the updates cancel to zero there is no direction to
     stretch, and the merge is zero. The baseline that SLERP and its kin have to beat.
+
+    Assumes: that the direction of the mean is right and only its length is not.
+    Fails: where updates nearly cancel: what is left of them is stretched to full length.
+    Cost: (out + in) · (Σ r)² a module; no ΔW is formed.
     """
     merged = concat(updates, weights)
     length = norm(merged)

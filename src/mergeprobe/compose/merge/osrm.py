@@ -28,13 +28,17 @@ def osrm(
     """Σ wᵢ ΔWᵢ Aᵢ⁺Aᵢ: the rows of Aᵢ are the input directions that the others' tasks use least.
 
     directions: how many of the leading directions of Σ_{j≠i} E[xxᵀ]_j are given up, the rest of
-    the space being Aᵢ's; from 0 (the linear merge). One adapter alone gives up none. Fails where
-    tasks share inputs: what the others use most is then what this one uses too.
+    the space being Aᵢ's; from 0 (the linear merge). One adapter alone gives up none.
 
     Source: arXiv:2505.22934, B ← ΔW A⁺ with A the r directions of least covariance of the other
     tasks' inputs. Ours differs: Aᵢ has as many rows as there are directions left, since r random
     ones of a wide complement would keep next to nothing of an update that was not trained in
     them; the rank stays that of ΔWᵢ. Before training, see `mergeprobe.compose.osrm_init`.
+
+    Assumes: that a task is disturbed by what another update does to its main inputs, and by nothing
+    else.
+    Fails: where tasks share inputs: what the others use most is then what this one uses too.
+    Cost: in · (Σ q)² a module, q the rank of the probes' moments; no ΔW is formed.
     """
     if directions < 0 or directions != int(directions):
         raise MergeError(f"directions is {directions}; expected a whole number from 0")

@@ -38,14 +38,19 @@ def regmean(
     merge can be much longer than the updates (2 times on five adapters of SmolLM2-135M, with
     shrink 0 half as long): look at its norm.
     shrink: what is left of the off-diagonal entries, in [0, 1]; 0 is a diagonal RegMean.
-    Only the ratios of the weights matter; none below 0. Fails where the adapters' inputs differ
-    from what they see in the merged model, whose earlier layers are merged too.
+    Only the ratios of the weights matter; none below 0.
 
     Source: arXiv:2212.09849. Ours differs: the ridge (the published rule has only the shrinkage),
     and S from the probe: its leading directions exactly, the rest of the trace spread evenly.
 
     Exact and in factors: S is diagonal plus low rank, so by Woodbury a module costs
     in · (Σr + Σq)² and nothing (in × in) is formed; ΔW keeps the Bᵢ, of rank Σ rᵢ.
+
+    Assumes: that a module which reproduces every adapter's outputs on its own inputs reproduces the
+    adapter.
+    Fails: where the adapters' inputs differ from what they see in the merged model, whose earlier
+    layers are merged too.
+    Cost: in · (Σ r + Σ q)² a module, q the rank of the probes' moments; no ΔW is formed.
     """
     for name, value in {"ridge": ridge, "shared_ridge": shared_ridge}.items():
         if not (math.isfinite(value) and value > 0):

@@ -33,6 +33,10 @@ def ssr(
     Source: arXiv:2606.10617. Ours differs: Sᵢ is the probe's sketch instead of calibration
     passes; the factors are canonical (A has orthonormal rows within an adapter) and λ relative
     (published: 1e-4 absolute), so that neither factorisation nor scale matters.
+
+    Assumes: that the probes' inputs tell the tasks apart in the adapters' own signals.
+    Fails: where tasks share their inputs: no linear map can tell whose signal it is.
+    Cost: (out + in) · (Σ r)² a module; no ΔW is formed.
     """
     if not (math.isfinite(ridge) and ridge >= 0):
         raise MergeError(f"ridge is {ridge}; expected a finite number from 0, such as 1e-4")

@@ -52,6 +52,11 @@ def lorahub(
     is weighed, true updates, Σ wᵢ ΔWᵢ, where the paper composes (Σ wᵢBᵢ)(Σ wᵢAᵢ); and in the
     optimiser: quadratic models in a trust region (COBYQA, scipy) for nevergrad's NGOpt, which at
     40 steps and few weights is COBYLA, its linear forerunner.
+
+    Assumes: that a few examples tell good weights from bad ones.
+    Fails: with many adapters, for whose weights the budget is too small, and where the examples are
+    few: it fits them.
+    Cost: `budget` forward passes over the examples of all tasks; the merge itself is linear.
     """
     first = [float(weight) for weight in start]
     _check_search(first, budget, bound, penalty)
@@ -116,6 +121,11 @@ def adamerging(
 
     Source: arXiv:2310.02575 (Adam, rate 1e-3, 500 steps). Ours differs: of all weights tried those
     of least entropy are given, not the last; next-token distributions stand for its classes.
+
+    Assumes: that a merged model which is sure of its answers is right about them.
+    Fails: where the model collapses onto one sure answer.
+    Cost: steps + 1 forward and backward passes over the texts of all tasks; the merge itself is
+    linear.
     """
     if steps < 1 or not (math.isfinite(rate) and rate > 0):
         raise MergeError(

@@ -23,6 +23,12 @@ def ties(
     agree, so that only the ratios of the weights matter; 0 adds them. Source: arXiv:2306.01708.
     Ours differs: it trims per module, not over the whole model; the election and the average are
     weighted; the final λ is the merge's `scaling`.
+
+    Assumes: that small entries do not matter and that a majority of mass tells the right sign.
+    Fails: on low-rank updates whose information is spread over all entries: trimming leaves the
+    low-rank manifold, and the truncation afterwards loses much (its certificate says how much).
+    Cost: a selection over each update's entries, the dense updates of one module, and one truncated
+    SVD of the result.
     """
     weighted = torch.empty_like(updates)
     for kept, update, weight in zip(weighted, updates, weights, strict=True):

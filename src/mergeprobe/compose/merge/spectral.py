@@ -27,6 +27,11 @@ def svc(updates: Sequence[LowRank], weights: Sequence[float], *, alpha: float = 
     RESPONSE_FLOOR. Source: arXiv:2602.05536.
 
     u_rᵀM = σ_r v_rᵀ and u_rᵀΔWᵢ = (u_rᵀ sᵢBᵢ) Aᵢ, so a module costs (out + in) · (Σ r)².
+
+    Assumes: that a direction which several adapters share is the same knowledge counted twice.
+    Fails: where shared directions are opposed on purpose, and for negative weights, whose responses
+    are clamped to alpha.
+    Cost: (out + in) · (Σ r)² a module; no ΔW is formed.
     """
     if not (math.isfinite(alpha) and alpha > 0):
         raise MergeError(f"alpha is {alpha}; expected a finite number above 0, such as 0.1")
@@ -63,6 +68,12 @@ def tsv_m(updates: Sequence[LowRank], weights: Sequence[float], *, scale: float 
 
     Source: arXiv:2412.00081. Ours differs: null directions of U and V stay null, where P Qᵀ would
     be arbitrary in them; so copies of an adapter merge to it.
+
+    Assumes: that interference is the overlap of singular vectors, and that each task needs its
+    leading ones only.
+    Fails: where tasks share directions because they agree: they are turned away from each other all
+    the same.
+    Cost: (out + in) · (Σ r)² a module; no ΔW is formed.
     """
     kept = max(1, min(updates[0].shape) // len(updates))
     left, right, matrices = core_coordinates(updates)
@@ -80,6 +91,11 @@ def iso_c(updates: Sequence[LowRank], weights: Sequence[float], *, scale: float 
     Ours differs: σ̄ is the mean over the core space of the updates, as in arXiv:2509.17786; over
     all min(out, in) singular values of a low-rank sum nearly all would be 0, and their directions
     arbitrary. A flat spectrum has no best truncation: write it at its exact rank.
+
+    Assumes: that the sum's small singular directions are skills that its large ones drown.
+    Fails: where they are noise, which it raises to full size; and under truncation, since no
+    direction is smaller than another.
+    Cost: (out + in) · (Σ r)² a module; no ΔW is formed.
     """
     left, right, matrices = core_coordinates(updates)
     total = sum(w * matrix for w, matrix in zip(weights, matrices, strict=True))
@@ -105,6 +121,10 @@ def iso_cts(
     common in (0, 1]; wᵢ = 1 unless given.
 
     Source: arXiv:2502.04959. Ours differs as `iso_c` does.
+
+    Assumes: what Iso-C assumes, and that each task has directions of its own that the sum lacks.
+    Fails: where Iso-C does; its equal singular values make truncation arbitrary.
+    Cost: (out + in) · (Σ r)² a module; no ΔW is formed.
     """
     if not 0 < common <= 1:
         raise MergeError(f"common is {common}; expected the common share of directions, in (0, 1]")
@@ -129,6 +149,11 @@ def pico(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     The calibrated updates (see `calibrated`) are summed with the weights, and the sum is stretched
     to the mean norm of the original ones, Σ|wᵢ|‖ΔWᵢ‖ / Σ|wᵢ|. Only the ratios of the weights
     matter. Updates that cancel stay zero. Source: arXiv:2604.16826.
+
+    Assumes: that an output direction to which many adapters contribute is over-counted.
+    Fails: where adapters share directions because they agree (copies of one adapter do not merge to
+    it).
+    Cost: (out + in) · (Σ r)² a module; no ΔW is formed.
     """
     merged = concat(calibrated(updates), weights)
     length, mass = norm(merged), sum(abs(weight) for weight in weights)

@@ -29,6 +29,11 @@ def slerp(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     Source: Shoemake 1985 (doi:10.1145/325165.325242), by way of mergekit. Ours differs: on
     updates, not on full weights, where the angle is next to nothing and slerp is linear; and the
     norm is interpolated too. For updates of equal norm it is mergekit's formula.
+
+    Assumes: that directions carry the task and norms are only lengths.
+    Fails: where updates of different tasks are nearly orthogonal, as most are: then it is the mean,
+    made longer.
+    Cost: a Gram matrix of the updates, (out + in) · (Σ r)² a module; no ΔW is formed.
     """
     gram = torch.tensor([[inner(a, b) for b in updates] for a in updates], dtype=torch.float64)
     return concat(updates, spherical_coefficients(gram, weights).tolist())

@@ -44,6 +44,11 @@ def magnitude_prune(
 
     density: the share of entries kept in each update, in (0, 1]. Source: PEFT, which publishes no
     default. Ours differs: it trims true updates, not A and B.
+
+    Assumes: that small entries do not matter.
+    Fails: on low-rank updates, which are not sparse: what is trimmed is most of the update's rank.
+    Cost: a selection over each update's entries, the dense updates of one module, and one truncated
+    SVD of the result.
     """
     merged = torch.zeros_like(updates[0])
     for update, weight in zip(updates, weights, strict=True):
@@ -63,6 +68,12 @@ def breadcrumbs(
     Of each update the largest `gamma` share is dropped as outliers, the next `density` share
     kept, the rest dropped. density > 0, gamma ≥ 0, together at most 1. Source: arXiv:2312.06795,
     whose β = 1 − density − gamma is 0.9; its scale α (0.3 to 0.5) is the weights here.
+
+    Assumes: that the largest entries are outliers and the smallest are noise.
+    Fails: on low-rank updates, where the largest entries are the update; with 9 % of entries kept,
+    most of it is gone.
+    Cost: two selections over each update's entries, the dense updates of one module, and one
+    truncated SVD of the result.
     """
     if not (density > 0 and gamma >= 0 and density + gamma <= 1):
         raise MergeError(

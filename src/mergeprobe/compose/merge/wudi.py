@@ -32,6 +32,11 @@ def wudi(
     how far M gets depends on the updates' scale). Weights are not taken. Source: arXiv:2503.08099,
     whose rule, optimiser and defaults these are; `wudi_closed` is where it is heading. The slowest
     rule: seconds for one module of a small model.
+
+    Assumes: that the rows of an update span the inputs of its task.
+    Fails: where updates are much larger or smaller than Adam's steps of about the learning rate: it
+    then overshoots, or stays at the sum.
+    Cost: steps · 2 N out · in² a module, by far the most of all rules; then one truncated SVD.
     """
     if steps < 0 or steps != int(steps) or not learning_rate > 0:
         raise MergeError(
@@ -83,6 +88,10 @@ def wudi_closed(
 
     Loss: arXiv:2503.08099. Ours differs: the minimum instead of 300 steps towards it, and the
     ridge towards the weighted mean.
+
+    Assumes: that the rows of an update span the inputs of its task.
+    Fails: where adapters share their init without a ridge: the merge is then far too long.
+    Cost: (out + in) · (Σ r)² a module; no ΔW is formed.
     """
     if min(weights) < 0:
         raise MergeError(f"a weight is {min(weights):g}; wudi_closed needs weights from 0 up")
