@@ -3,7 +3,7 @@
 from mergeprobe.compose.apply import apply_plan, deployed
 from mergeprobe.compose.deployment import Deployment, read_deployment
 from mergeprobe.compose.executor import Executor
-from mergeprobe.compose.merge import METHODS, Merged, merge
+from mergeprobe.compose.merge import METHODS, Merged, merge, merge_folders, merge_into_base
 from mergeprobe.compose.osrm import osrm_init, start_from
 from mergeprobe.compose.prune import prune
 
@@ -15,6 +15,8 @@ __all__ = [
     "apply_plan",
     "deployed",
     "merge",
+    "merge_folders",
+    "merge_into_base",
     "osrm_init",
     "prune",
     "read_deployment",
