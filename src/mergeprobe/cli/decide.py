@@ -89,6 +89,10 @@ def plan(
         int | None,
         typer.Option(min=1, help="The most adapters that may stay resident; before the floor."),
     ] = None,
+    keep_ranks: Annotated[
+        bool,
+        typer.Option("--keep-ranks", help="Cut no group to a smaller rank (needs --base to try)."),
+    ] = False,
     budget: Budget = None,
     items: Items = 16,
     predictor: PredictorFolder = None,
@@ -112,7 +116,9 @@ def plan(
         refuse_existing(out, force=force)
     with show.working("planning") as progress:
         forecaster = _forecaster(sources, base, budget, items, predictor, progress)
-        made = forecaster.plan(min_retention=min_retention, max_adapters=max_adapters)
+        made = forecaster.plan(
+            min_retention=min_retention, max_adapters=max_adapters, keep_ranks=keep_ranks
+        )
     if out is not None:
         write_plan(made, out, force=force)
     if json:
@@ -140,10 +146,10 @@ def _forecaster(
     from mergeprobe.predict.predictor import load_predictor
 
     learned = load_predictor(predictor) if predictor is not None else None
-    probes = read_sources(sources)
+    loaded = load_base(base, notify=progress) if base is not None else None
+    probes = read_sources(sources, loaded)
     tier = None
-    if base is not None:
-        loaded = load_base(base, notify=progress)
+    if loaded is not None:
         tier = open_tier(loaded, probes, items=items, budget=budget, progress=progress)
     return forecast_probes(probes, model=tier, predictor=learned, progress=progress)
 
