@@ -220,7 +220,7 @@ def show_one(work: Path, arguments: argparse.Namespace, method: str, count: int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--adapters", type=int, default=5)
     parser.add_argument("--many", type=int, default=100)

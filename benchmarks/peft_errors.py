@@ -38,8 +38,11 @@ MARKS = ("<!-- measured -->", "<!-- /measured -->")
 
 def base_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
-    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2))
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=128,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
 
 
 def random_adapter(folder: Path, seed: int, **options) -> Path:
@@ -141,7 +144,7 @@ def tables() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", type=Path, help="a page whose measured part is replaced")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -162,6 +162,7 @@ def test_a_bf16_base_says_what_rounding_cost(capsys, world, tmp_path):
         (("--method", "ties", "--density", "1.2"), "density is 1.2"),
         (("--method", "ties", "--alpha", "1"), "'ties' has no option 'alpha'; it takes density"),
         (("--method", "sum", "-o", "scales=1"), "'sum' has no option 'scales'; it takes scale"),
+        (("-o", "out=1"), "'mean' has no option 'out'; it takes none"),
         (("--rank", "400"), "rank 400 is above the exact rank of this merge, 6"),
         (("--space", "sphere"), "unknown space 'sphere'"),
         (("--method", "regmean"), "'regmean' needs a probe of each adapter"),

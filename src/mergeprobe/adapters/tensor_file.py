@@ -69,4 +69,4 @@ def write_tensors(
             assert tuple(tensor.shape) == tuple(planned[name].shape), name
             assert tensor.dtype == planned[name].dtype, name
             if tensor.numel():
-                file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -125,7 +125,7 @@ def merge(
             param_hint="--full-weights",
         )
     common = {"out": out, "space": space, "seed": seed, "force": force}
-    stated = _searched(asked, base, probes) if _is_search(asked.method) else {}
+    stated = _searched(asked, base, probes) if _is_search(asked) else {}
     found = probes_of(probes) if probes and not stated else None
     with _bar() as progress:
         common |= {"probes": found, "scaling": asked.scaling, "progress": progress}
@@ -180,10 +180,11 @@ def _into_base(
     )
 
 
-def _is_search(method: str) -> bool:
+def _is_search(asked: Asked) -> bool:
+    """MergeError for a rule or an option that is not known."""
     from mergeprobe.compose.merge import check_options
 
-    return check_options(method, {}).kind == "search"
+    return check_options(asked.method, asked.options).kind == "search"
 
 
 def _searched(asked: Asked, base: str | None, probes: list[Path] | None) -> dict[str, Any]:
@@ -191,13 +192,11 @@ def _searched(asked: Asked, base: str | None, probes: list[Path] | None) -> dict
     from mergeprobe.adapters.base import load_base
     from mergeprobe.cli import show
     from mergeprobe.cli.sources import read_adapters
-    from mergeprobe.compose.merge import check_options
     from mergeprobe.compose.merge.data import probes_for
     from mergeprobe.errors import MergeError
     from mergeprobe.evaluate.weights import search_weights
     from mergeprobe.predict.early import calibration_batch
 
-    check_options(asked.method, asked.options)
     if base is None:
         raise MergeError(f"'{asked.method}' runs the base model: give it with --base")
     if asked.weights is not None:

@@ -34,7 +34,7 @@ class Spool:
             for factor in (out, into):
                 if factor.numel():
                     flat = factor.float().contiguous().reshape(-1)
-                    self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+                    self._file.write(flat.view(torch.uint8).numpy().data)
             self._file.flush()
         except OSError as problem:
             problem.filename = str(self._out)

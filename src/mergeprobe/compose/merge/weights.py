@@ -60,7 +60,7 @@ def weights_at(by_part: Mapping[str, Sequence[float]], module: str, depth: int) 
     """The weights of one module, in the order of the adapters."""
     found = list(by_part["all"])
     for part in (third_of(module, depth), kind_of(module)):
-        if part in by_part:
+        if part is not None and part in by_part:
             found = [weight * factor for weight, factor in zip(found, by_part[part], strict=True)]
     return found
 
