@@ -57,8 +57,18 @@ def test_dropping_keeps_the_expectation(rule):
 
 def test_dare_keeps_an_entry_rescaled_or_not_at_all():
     kept = dare_linear(PAIR[:1], torch.ones(1), generator=seed(3), density=0.25)
-    draws = torch.rand(1, 4, generator=seed(3))
-    assert torch.equal(kept, torch.where(draws < 0.25, 4 * PAIR[0], 0.0))
+    word = torch.empty(1, dtype=torch.int64).random_(-(2**63), None, generator=seed(3))
+    draws = [(int(word) >> (16 * k)) % 2**16 for k in range(4)]  # 16 bits an entry
+    chosen = torch.tensor([[(draw + 2**15) % 2**16 < 2**14 for draw in draws]])
+    assert torch.equal(kept, torch.where(chosen, 4 * PAIR[0], 0.0))
+
+
+def test_dare_drops_at_the_rate_it_divides_by():
+    updates = torch.ones(1, 200, 300)
+    for density in (0.03, 0.3, 0.7):
+        kept = dare_linear(updates, torch.ones(1), generator=seed(1), density=density)
+        assert abs(float((kept > 0).float().mean()) - density) < 4 * (0.25 / 60_000) ** 0.5
+        assert float(kept.max()) == pytest.approx(1 / density, rel=1e-3)
 
 
 def test_dare_that_drops_nothing_is_its_rule():

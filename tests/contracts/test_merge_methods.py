@@ -66,6 +66,15 @@ def exactly(adapters, name, **kwargs):
     return merged_by(name, adapters, rank=rank, **kwargs)
 
 
+def uniform(name, generator):
+    """Numbers in [0, 1), one for each entry, as the rule draws them; DARE's have 16 bits."""
+    if not name.startswith("dare"):
+        return torch.rand(OUT, INTO, generator=generator).double().numpy()
+    words = torch.empty(OUT * INTO // 4, dtype=torch.int64)
+    words.random_(-(2**63), None, generator=generator)
+    return (words.numpy().view(np.int16).reshape(OUT, INTO) + 2.0**15) / 2**16
+
+
 def expected(adapters, name):
     """The oracle's merge of every module, by the numbers and the data that merge itself gets."""
     parts, row = [dense(a) for a in adapters], METHODS[name]
@@ -76,9 +85,7 @@ def expected(adapters, name):
         given = {}
         if row.seeded:
             generator = module_generator(0, module)
-            given["draws"] = np.stack(
-                [torch.rand(OUT, INTO, generator=generator).double().numpy() for _ in parts]
-            )
+            given["draws"] = np.stack([uniform(name, generator) for _ in parts])
         if row.needs:
             data = [probe(a) for a in adapters]
             for side in ("inputs", "outputs"):

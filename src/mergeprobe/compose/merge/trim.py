@@ -21,7 +21,9 @@ def keep_largest(update: Float[Tensor, "*shape"], density: float) -> Float[Tenso
     kept = max(1, round(density * update.numel()))
     if kept == update.numel():
         return update
-    threshold = kth_largest(update.abs(), kept)
+    magnitude = update.abs().flatten().cpu().numpy()
+    magnitude.partition(magnitude.size - kept)  # in place: it is ours
+    threshold = magnitude[magnitude.size - kept]
     # hardshrink drops what is at most its bound: the next number down keeps the threshold itself
     below = np.nextafter(threshold, np.zeros_like(threshold))
     return torch.nn.functional.hardshrink(update, float(below))
