@@ -25,7 +25,7 @@ from mergeprobe.adapters.adapter import (
 from mergeprobe.adapters.tensor_file import Planned, write_tensors
 from mergeprobe.artefact import MADE_BY, atomic_folder, sha256
 from mergeprobe.errors import AdapterError
-from mergeprobe.lowrank import LowRank, pad
+from mergeprobe.lowrank import LowRank
 
 
 def write_adapter(
@@ -74,8 +74,14 @@ def _factors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Planned]:
 
 
 def _factor(update: LowRank, side: str, rank: int, dtype: torch.dtype, what: str) -> Tensor:
-    out, into = pad(update, rank).folded()
-    return _cast(into if side == "A" else out, dtype, what)
+    value = update.A if side == "A" else update.B
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
+    if side == "B":
+        value = value * update.scaling
+    if update.r < rank:  # components of zeros
+        zeros = (0, 0, 0, rank - update.r) if side == "A" else (0, rank - update.r)
+        value = torch.nn.functional.pad(value, zeros)
+    return _cast(value, dtype, what)
 
 
 def _extras(adapter: Adapter, dtype: torch.dtype) -> dict[str, Planned]:

@@ -40,7 +40,7 @@ from mergeprobe.compose.merge.stream import (
     refuse_untrained,
     trained,
 )
-from mergeprobe.compose.merge.weights import Weights
+from mergeprobe.compose.merge.weights import Weights, depth_of
 from mergeprobe.errors import AdapterMismatch, BaseModelError
 from mergeprobe.lowrank import LowRank
 
@@ -81,12 +81,12 @@ def merge_into_base(
     total = module_names(adapters)
     shards = {path.name: _headers(path) for path in sorted(source.glob("*.safetensors"))}
     places = _places(shards, total, source)
-    errors, done = Errors(), iter(range(1, len(total) + 1))
+    errors, done, depth = Errors(), iter(range(1, len(total) + 1)), depth_of(total)
     untrained = set(names)
 
     def added(path: Path, key: str, module: str) -> Tensor:
         weight = _tensor(path, key)
-        exact = merged_module(adapters, asked, given, module, total)
+        exact = merged_module(adapters, asked, given, module, depth)
         changed, error, size = _add(weight, exact, _transposed(adapters), module)
         errors.add(module, error, size)
         untrained.difference_update({a.name for a in adapters if trained(a, module)})

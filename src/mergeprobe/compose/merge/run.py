@@ -135,8 +135,9 @@ def each_module(
     Raises what `merged_module` does.
     """
     modules = module_names(adapters)
+    depth = depth_of(modules)
     for module in modules:
-        exact = merged_module(adapters, asked, probes, module, modules)
+        exact = merged_module(adapters, asked, probes, module, depth)
         yield module, exact, exact_rank(updates_at(adapters, module))
 
 
@@ -145,9 +146,9 @@ def merged_module(
     asked: Recipe,
     probes: Sequence[Probe],
     module: str,
-    modules: Sequence[str],
+    depth: int,
 ) -> Exact:
-    """One module's exact merge. modules: all of them, for the depth of the model.
+    """One module's exact merge. depth: layers of the model, for weights by depth third.
 
     Raises AdapterMismatch for NaN or infinite entries, MergeError where all weights of the module
     are 0 and the rule needs their ratios.
@@ -157,7 +158,7 @@ def merged_module(
             check_finite(adapter.name, module, adapter.modules[module])
     held = [module in adapter.modules for adapter in adapters]
     data = module_data(asked.method, asked.row.needs, module, held, probes)
-    weights = weights_at(asked.weights, module, depth_of(modules))
+    weights = weights_at(asked.weights, module, depth)
     if asked.row.weights == "ratios" and not any(weights):
         raise MergeError(
             f"all weights of '{module}' are 0, but '{asked.method}' needs their ratios; "
@@ -191,11 +192,10 @@ def check_adapters(adapters: Sequence[Adapter]) -> None:
 
 
 def check_finite(name: str, module: str, update: LowRank) -> None:
-    # NaN and infinity both survive a maximum, and no mask is made
-    if not all(
-        bool(factor.abs().max().isfinite()) for factor in (update.A, update.B) if len(factor)
-    ):
-        raise AdapterMismatch(
-            f"'{name}' has NaN or infinite entries in '{module}': "
-            "its training diverged; leave it out or train it again"
-        )
+    for side, factor in (("A", update.A), ("B", update.B)):
+        # NaN and infinity both survive a maximum, and no mask is made
+        if factor.numel() and not bool(factor.abs().max().isfinite()):
+            raise AdapterMismatch(
+                f"'{name}' has NaN or infinite entries in lora_{side} of '{module}': "
+                "its training diverged; leave it out or train it again"
+            )
