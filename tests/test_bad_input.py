@@ -443,7 +443,8 @@ def test_no_space_while_writing(world, tmp_path, verb):
     lines = [line for line in done.stderr.splitlines() if not line.startswith("p")]
     assert len(lines) == 1, lines
     assert lines[0].startswith(f"mergeprobe: '{out}': ")
-    assert "File too large" in lines[0]
+    # a streamed table's writer does not pass the system's own words on
+    assert "File too large" in lines[0] or (verb == "signals" and "cannot be written" in lines[0])
     assert left(tmp_path) == ["plan.json"]
 
 

@@ -7,6 +7,7 @@ not to rows of other adapters by accident.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -162,5 +163,7 @@ def _sink(frame: pl.LazyFrame, path: str | Path, said: dict[str, Any], *, force:
     with atomic_file(path, force=force) as temporary:
         try:
             frame.sink_parquet(temporary, metadata=metadata)
-        except pl.exceptions.PolarsError as problem:
-            raise OSError(f"'{path}' cannot be written: {problem}") from None
+        except (pl.exceptions.PolarsError, OSError) as problem:
+            # polars gives an OSError of its own, without a number
+            number = getattr(problem, "errno", None) or errno.EIO
+            raise OSError(number, f"cannot be written: {problem}", str(path)) from None
