@@ -242,7 +242,7 @@ NAN = one_module("c", LowRank(torch.tensor([[1.0], [math.nan]]), torch.ones(1, 2
         (PAIR, "ties", {"weights": [0, 0]}, MergeError, "all weights are 0"),
         (PAIR, "mean", {"rank": 0}, MergeError, "rank is 0"),
         ([], "mean", {}, MergeError, "got no adapters"),
-        ([PAIR[0], NAN], "mean", {}, AdapterMismatch, "'c' has NaN or infinite entries in 'q'"),
+        ([PAIR[0], NAN], "mean", {}, AdapterMismatch, "'c' has NaN or infinite entries in lora_B"),
         (
             [*PAIR, one_module("far", EAST, module="other")],
             "mean", {}, AdapterMismatch, "'far' adapts no module that another adapter adapts",

@@ -201,7 +201,7 @@ def test_bad_adapters_are_named(folders, tmp_path):
     broken.modules["model.layers.2.mlp.up_proj"].B[0, 0] = math.nan
     naught = tiny_adapter(8, name="naught", scale=0.0)
     for adapter, error, line in (
-        (broken, AdapterMismatch, "'broken' has NaN or infinite entries in 'model.layers.2"),
+        (broken, AdapterMismatch, "'broken' has NaN or infinite entries in lora_B of 'model"),
         (naught, AdapterError, "'naught' is zero everywhere"),
     ):
         raw(adapter, tmp_path / adapter.name)

@@ -64,7 +64,8 @@ class LowRank:
     def dense(self) -> Float[Tensor, "out in"]:
         """The matrix itself, in float32 or wider. For tests, row blocks and small modules."""
         wide = torch.promote_types(self.B.dtype, torch.float32)
-        return self.scaling * (self.B.to(wide) @ self.A.to(wide))
+        product = self.B.to(wide) @ self.A.to(wide)
+        return product if self.scaling == 1.0 else self.scaling * product
 
     def folded(self) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
         """(B, A) with the scaling multiplied into B, so that ΔW = B A."""
