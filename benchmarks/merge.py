@@ -8,6 +8,7 @@ Adapters shaped as SmolLM2-135M's (hidden 576, MLP 1536, 30 layers), r = 16 on a
 random. Every figure is a process of its own: seconds of the merge alone (ours with reading and
 writing, PEFT's with neither, mergekit's command as a whole), and the extra memory at its peak,
 which is anonymous memory above what the process held before; memory-mapped files are not in it.
+All processes run with the malloc settings of mergeprobe.bench.malloc.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+
+from mergeprobe.bench.malloc import with_malloc_settings
 
 HIDDEN, WIDE, HEADS, KEYS = 576, 1536, 9, 3
 SMALL = HIDDEN // HEADS * KEYS
@@ -139,7 +142,7 @@ def one(work: Path, task: dict) -> dict:
 
 def in_own_process(work: Path, threads: int, **task) -> dict:
     command = [sys.executable, __file__, "--one", json.dumps(task), "--work", str(work)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = with_malloc_settings() | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{task} failed:\n{done.stderr}")
