@@ -167,7 +167,7 @@ def mergekit_ties(python: str, work: Path, layers: int, count: int, threads: int
     start = time.perf_counter()
     subprocess.run(
         [python, "-m", "mergekit.scripts.run_yaml", str(work / "mergekit.yaml"),
-         str(work / "mergekit"), "--copy-tokenizer", "--allow-crimes"],
+         str(work / "mergekit"), "--no-copy-tokenizer", "--allow-crimes"],
         check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
     )  # fmt: skip
     return time.perf_counter() - start
