@@ -14,9 +14,12 @@ from mergeprobe.signals import curvature, gradient, subspace, update
 from mergeprobe.signals.site import Site
 from mergeprobe.signals.stack import Stack
 
-# rank components of a tile's side: its products are (1024, 1024), large enough for the full speed
-# of a matrix product, small enough for the cache
-COMPONENTS = 1024
+# rank components of a tile's side: its products are large enough for the full speed of a matrix
+# product and small enough for the cache
+LARGEST_TILE, SMALLEST_TILE = 1024, 256
+LARGEST_ON_GPU = 8192
+TILES = 4  # a side at least, where they are not too small: half of a tile on the diagonal is idle
+
 Own = Callable[[Stack], dict[str, Tensor]]
 Pairs = Callable[[Site], dict[str, Tensor]]
 PRECISIONS = {"double": torch.float64, "single": torch.float32}
@@ -59,13 +62,14 @@ class Effort:
     """families: names in FAMILIES, or None for all. sign_rows: rows of each module sampled for
     sign_conflict; None takes all (exact). precision: of the factors' products, "double" or
     "single"; norms, small decompositions and sums are double either way. device: "auto" takes a
-    GPU where there is one. components: rank components in a side of a tile."""
+    GPU where there is one. components: rank components in a side of a tile; None: by their
+    number."""
 
     families: Sequence[str] | None = None
     sign_rows: int | None = update.SIGN_ROWS
     precision: str = "double"
     device: str = "auto"
-    components: int = COMPONENTS
+    components: int | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.families or () if name not in FAMILIES]
@@ -79,6 +83,13 @@ class Effort:
         if "sign" in found:
             found["sign"] = Family(pairs=(partial(update.sign_products, rows=self.sign_rows),))
         return list(found.values())
+
+    def side(self, components: int) -> int:
+        """Of a tile, in rank components, for so many in all."""
+        if self.components is not None:
+            return self.components
+        largest = LARGEST_TILE if self.placed().type == "cpu" else LARGEST_ON_GPU
+        return max(SMALLEST_TILE, min(largest, -(-components // TILES)))
 
     def placed(self) -> torch.device:
         if self.device != "auto":

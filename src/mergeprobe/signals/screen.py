@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Float
@@ -27,9 +28,9 @@ from mergeprobe.adapters.checkpoint import natural
 from mergeprobe.artefact import MADE_BY, atomic_file, check_schema
 from mergeprobe.capture.probe import Probe
 from mergeprobe.errors import AdapterMismatch, ProbeError
-from mergeprobe.signals.bounds import SURE, screening_size
+from mergeprobe.signals.bounds import SURE, UNEVEN, screening_size
 from mergeprobe.signals.checks import check_probes
-from mergeprobe.signals.families import COMPONENTS
+from mergeprobe.signals.families import LARGEST_TILE
 from mergeprobe.signals.files import rank_of
 from mergeprobe.signals.site import ratio
 from mergeprobe.signals.stack import Stack
@@ -79,7 +80,7 @@ def sketches(
     for module in modules:
         here = [i for i, probe in enumerate(probes) if module in probe.updates]
         width = max(rank_of(probes[i].updates, module) for i in here)
-        run = max(1, COMPONENTS // width)
+        run = max(1, LARGEST_TILE // width)
         for start in range(0, len(here), run):
             stack = Stack.of(module, probes, here[start : start + run], dtype=torch.float32)
             values = _values(stack, size)
@@ -123,9 +124,11 @@ def _values(stack: Stack, k: int) -> Float[Tensor, "p k"]:
 @lru_cache(maxsize=2)
 def signs(module: str, side: str, size: int, k: int) -> Float[Tensor, "size k"]:
     """Independent ±1, seeded by the arguments; float32."""
-    digest = hashlib.sha256(f"mergeprobe screen|{module}|{side}|{size}|{k}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.empty(size, k).bernoulli_(0.5, generator=generator) * 2 - 1
+    seed = f"mergeprobe screen|{module}|{side}|{size}|{k}".encode()
+    # a hash of any length: the same bits with every version of every library
+    drawn = np.frombuffer(hashlib.shake_128(seed).digest(-(-size * k // 8)), dtype=np.uint8)
+    bits = torch.from_numpy(np.unpackbits(drawn, count=size * k))
+    return bits.reshape(size, k).float().mul_(2).sub_(1)
 
 
 def screen(found: Sequence[Sketch]) -> pl.DataFrame:
@@ -228,7 +231,8 @@ def write_sketch(sketch: Sketch, path: str | Path, *, force: bool = True) -> Pat
         "sketch": "rank-one probes x'Wy with random signs",
         "size": sketch.size,
         "error": sketch.error,
-        "error_is": f"of a global cosine, {SURE:g} standard errors, energy even over modules",
+        "error_is": f"of a global cosine, {SURE:g} standard errors, energy as uneven as over "
+        f"1/{UNEVEN:g} of the modules",
     }
     text = json.dumps(facts, ensure_ascii=False)
     tensors = {"values": sketch.values.contiguous(), "energy": sketch.energy.contiguous()}

@@ -1,8 +1,8 @@
 """Stack: a run of adapters' updates of one module, in one tensor a side.
 
-Every adapter's factors are scaled to Frobenius norm 1, its true size kept as one float64 number,
+Every adapter's factors are scaled to entries up to 1, their true size kept as one float64 number,
 so that neither a large alpha nor a tiny update leaves the range of float32. The norms, the thin
-SVDs and whatever has to be measured before anything cancels are taken in float64.
+SVDs and factors that cancel are taken in float64.
 """
 
 from __future__ import annotations
@@ -67,17 +67,15 @@ class Stack:
         else:  # nobody in this span, but somebody: else it would be no module of theirs
             shape = next(p.updates[module].shape for p in probes if module in p.updates)
         width, (out, into) = max((update.r for update in updates), default=1), shape
-        left = torch.zeros(len(updates), out, width, dtype=dtype)
-        right = torch.zeros(len(updates), width, into, dtype=dtype)
+        left = torch.zeros(width, len(updates), out, dtype=dtype)
+        right = torch.zeros(width, len(updates), into, dtype=dtype)
         for row, update in enumerate(updates):
-            left[row, :, : update.r] = update.B.detach()
-            right[row, : update.r] = update.A.detach()
-        scale = torch.tensor([update.scaling for update in updates], dtype=torch.float64)
-        left, right, scale = left.to(device), right.to(device).mT, scale.to(device)
-        left, size_left = _normalised(left)
-        right, size_right = _normalised(right)
-        left = left * scale.sign()[:, None, None].to(left.dtype)  # no scaling: no update
-        scale = scale.abs() * size_left * size_right
+            left[: update.r, row] = update.B.detach().T
+            right[: update.r, row] = update.A.detach()
+        left, right = left.to(device), right.to(device)
+        scale = torch.tensor([u.scaling for u in updates], dtype=torch.float64, device=device)
+        left *= scale.sign()[:, None].to(left.dtype)  # no scaling: no update
+        scale = scale.abs() * _centred(left) * _centred(right)
         sound = scale.isfinite()
         if not bool(sound.all()):
             name = probes[where[int((~sound).nonzero()[0, 0])]].name
@@ -85,8 +83,7 @@ class Stack:
                 f"'{name}' has NaN or infinite entries in its update of '{module}': its training "
                 "diverged; leave it out or train it again"
             )
-        left, right, unit = _uncancelled(left, right)
-        left, right = (side.permute(2, 0, 1).contiguous() for side in (left, right))
+        unit = _uncancelled(left, right)
         return cls(module, probes, tuple(span), where, left, right, scale, unit)
 
     @property
@@ -162,33 +159,31 @@ class Stack:
         ]
 
 
-def _normalised(side: Float[Tensor, "p size r"]) -> tuple[Tensor, Float[Tensor, " p"]]:
-    """Each matrix over its Frobenius norm, and the norms in float64."""
-    norms = torch.linalg.vector_norm(side, dim=(1, 2), dtype=torch.float64)
-    peak = side.abs().amax((1, 2)).double()  # the norm of entries near the float's end overflows
-    norms = torch.where(norms.isfinite() | ~peak.isfinite(), norms, torch.inf)
-    safe = torch.where((norms > 0) & norms.isfinite(), norms, 1.0)
-    return (side.double() / safe[:, None, None]).to(side.dtype), norms
+def _centred(side: Float[Tensor, "r p size"]) -> Float[Tensor, " p"]:
+    """Divides each matrix, in place, by the power of 2 next to its largest entry, which rounds
+    nothing; the powers, or that entry where it is no number or 0."""
+    peaks = torch.maximum(side.amax(2), -side.amin(2)).amax(0).double()
+    sound = (peaks > 0) & peaks.isfinite()
+    powers = torch.where(sound, peaks, 1.0).log2().round().exp2()
+    side /= powers[:, None].to(side.dtype)
+    return torch.where(sound, powers, peaks)
 
 
 def _uncancelled(
-    left: Float[Tensor, "p out r"], right: Float[Tensor, "p into r"]
-) -> tuple[Tensor, Tensor, Float[Tensor, " p"]]:
-    """The factors, and ‖left rightᵀ‖² of each; where the product cancels, by its SVD instead."""
-    grams = [side.double().mT @ side.double() for side in (left, right)]
-    energy = (grams[0] * grams[1]).sum((1, 2)).clamp_min(0)
-    bad = (energy * CANCELLING**2 * left.shape[2] < 1).nonzero()[:, 0]
+    left: Float[Tensor, "r p out"], right: Float[Tensor, "r p into"]
+) -> Float[Tensor, " p"]:
+    """‖left rightᵀ‖² of each; where the product cancels the factors become those of its SVD."""
+    grams = [side.transpose(0, 1) @ side.permute(1, 2, 0) for side in (left, right)]
+    energy = (grams[0] * grams[1]).sum((1, 2)).double().clamp_min(0)
+    largest = grams[0].diagonal(dim1=1, dim2=2).sum(1) * grams[1].diagonal(dim1=1, dim2=2).sum(1)
+    bad = (energy * CANCELLING**2 * left.shape[0] < largest.double()).nonzero()[:, 0]
     if len(bad):
-        u, sigma, v = _thin_svd(left[bad], right[bad])
+        u, sigma, v = _thin_svd(left[:, bad].permute(1, 2, 0), right[:, bad].permute(1, 2, 0))
         root = sigma.sqrt()[:, None, :]
-        left, right = left.clone(), right.clone()
-        left[bad], right[bad] = _fit(u * root, left), _fit(v * root, right)
+        for side, balanced in ((left, u * root), (right, v * root)):
+            side[:, bad] = balanced.permute(2, 0, 1).to(side.dtype)
         energy[bad] = sigma.square().sum(-1)
-    return left, right, energy
-
-
-def _fit(side: Float[Tensor, "p size k"], like: Float[Tensor, "q size r"]) -> Tensor:
-    return torch.nn.functional.pad(side, (0, like.shape[2] - side.shape[2])).to(like.dtype)
+    return energy
 
 
 def _thin_svd(

@@ -149,17 +149,18 @@ class _Work:
 
     def _stacks(self, module: str, chosen: Sequence[int]) -> list[Stack]:
         dtype = PRECISIONS[self.effort.precision]
-        stacks, span, width = [], [], 1
+        held = {i: self.probes[i].updates for i in chosen}
+        ranks = {i: rank_of(held[i], module) if module in held[i] else 1 for i in chosen}
+        side = self.effort.side(sum(ranks.values()))
+        spans, width = [[]], 1
         for i in chosen:
-            held = self.probes[i].updates
-            mine = rank_of(held, module) if module in held else 1
-            if span and (len(span) + 1) * max(width, mine) > self.effort.components:
-                stacks.append(tuple(span))
-                span, width = [], 1
-            span, width = [*span, i], max(width, mine)
-        stacks.append(tuple(span))
+            if spans[-1] and (len(spans[-1]) + 1) * max(width, ranks[i]) > side:
+                spans.append([])
+                width = 1
+            spans[-1].append(i)
+            width = max(width, ranks[i])
         return [
-            Stack.of(module, self.probes, span, dtype=dtype, device=self.device) for span in stacks
+            Stack.of(module, self.probes, span, dtype=dtype, device=self.device) for span in spans
         ]
 
     def _of(self, stacks: list[Stack], chosen: tuple[int, ...]) -> list[Stack]:

@@ -105,18 +105,26 @@ def sign_products(site: Site, rows: int | None = SIGN_ROWS) -> dict[str, Tensor]
 def _sampled_sums(site: Site, chosen: Tensor, height: int) -> tuple[Tensor, ...]:
     """total, conflict and their sampling (co)variances yy, xy, xx, for scale 1."""
     count = len(chosen)
-    one, two = _entries(site.rows, chosen), _entries(site.columns, chosen)
-    product, total = ((x @ y.mT).double() for x, y in ((one, two), (one.abs(), two.abs())))
-    conflict = ((total - product) / 2).clamp_min(0)
-    # population variance of the rows' sums, with the finite-population correction
+    (one, large_one), (two, large_two) = (
+        _sampled(stack, chosen) for stack in (site.rows, site.columns)
+    )
+    total = large_one @ large_two.mT
+    conflict = (total - one @ two.mT).clamp_min_(0) / 2
+    sums = [values.sum(0, dtype=torch.float64) for values in (total, conflict)]
+    # sampling variance of the rows' sums, with the finite-population correction
     spread = height**2 * (1 - count / height) / (count * (count - 1))
-    y, x = conflict - conflict.mean(0), total - total.mean(0)
-    scale = height / count
-    found = (
-        scale * total.sum(0), scale * conflict.sum(0),
-        spread * (y * y).sum(0), spread * (y * x).sum(0), spread * (x * x).sum(0),
-    )  # fmt: skip
+    x, y = total - (sums[0] / count).to(total), conflict - (sums[1] / count).to(total)
+    squares = [(v * w).sum(0, dtype=torch.float64) * spread for v, w in ((y, y), (y, x), (x, x))]
+    found = *(values * (height / count) for values in sums), *squares
     return tuple((v + v.mT) / 2 for v in found) if site.diagonal else found
+
+
+def _sampled(stack: Stack, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen rows of every update and their sizes, made once a stack."""
+    if "sampled" not in stack.made:
+        entries = _entries(stack, chosen)
+        stack.made["sampled"] = entries, entries.abs()
+    return stack.made["sampled"]
 
 
 def _exact_sums(site: Site) -> tuple[Float[Tensor, "a b"], Float[Tensor, "a b"]]:
