@@ -9,12 +9,11 @@ from peft import LoraConfig
 
 from mergeprobe.adapters.checkpoint import Adapter, read_adapter, write_adapter
 from mergeprobe.compose import METHODS, merge
-from mergeprobe.compose.merge.factor import factor
 from mergeprobe.compose.merge.linear import linear, norm_preserving_mean, total
 from mergeprobe.compose.merge.sign import keep_largest, ties
 from mergeprobe.compose.merge.spectral import svc
 from mergeprobe.errors import AdapterMismatch, MergeError
-from mergeprobe.lowrank import LowRank
+from mergeprobe.lowrank import LowRank, factor
 
 
 def rank_one(column, row, scaling=1.0):

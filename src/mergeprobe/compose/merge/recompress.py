@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mergeprobe.compose.merge.factor import factor
-from mergeprobe.lowrank import LowRank, norm, pad, truncate
+from mergeprobe.lowrank import LowRank, factor, norm, pad, truncate
 
 # above this condition number of B the Cholesky route loses digits that float32 factors still have
 WORST_CONDITION = 1e4
