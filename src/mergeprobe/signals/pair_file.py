@@ -25,7 +25,7 @@ from mergeprobe.signals.checks import check_in_common
 from mergeprobe.signals.families import Effort
 from mergeprobe.signals.gradient import sketch_size
 from mergeprobe.signals.panel import Panel
-from mergeprobe.signals.rows import LARGEST, joined, pair_blocks, pair_columns
+from mergeprobe.signals.rows import AT_ONCE, LARGEST, joined, pair_blocks, pair_columns
 from mergeprobe.signals.sums import measure
 
 SCHEMA = 1
@@ -103,20 +103,23 @@ def add_pairs(
                 f"'{name}' has norm {norms[place[name]]:.6g} now and {norm:.6g} in '{known}': it "
                 "changed since; measure all pairs again"
             )
-    parts = [joined(pair_blocks(across))]
+    new = [joined(pair_blocks(across))]
     if there and fresh:
         back = measure(probes, effort, rows=there, columns=fresh, largest=LARGEST)
-        parts.append(joined(pair_blocks(back)))
-    order = pl.DataFrame({"name": list(place), "place": range(len(place))})
-    whole = pl.concat([pl.scan_parquet(known).select(["a", "b", *_names()])])
-    whole = pl.concat([whole, *(part.lazy() for part in parts)])
-    for side in ("a", "b"):
-        whole = whole.join(
-            order.lazy().rename({"place": f"place of {side}"}), left_on=side, right_on="name"
-        )
-    whole = whole.sort("place of a", "place of b").select("a", "b", *_names())
-    _sink(whole, out, facts(across, effort), force=force)
+        new.append(joined(pair_blocks(back)))
+    blocks = _lazy(lambda: _merged(known, pl.concat(new), list(place)))
+    _sink(blocks, out, facts(across, effort), force=force)
     return len(fresh)
+
+
+def _merged(known: str | Path, new: pl.DataFrame, names: list[str]) -> Iterator[pl.DataFrame]:
+    """Old and new rows in the order of `names`, some adapters' at a time."""
+    old = pl.scan_parquet(known).select("a", "b", *_names())
+    order = pl.Enum(names)
+    for start in range(0, len(names), AT_ONCE):
+        here = pl.col("a").is_in(names[start : start + AT_ONCE])
+        both = pl.concat([old.filter(here).collect(), new.filter(here)])
+        yield both.sort(pl.col("a").cast(order), pl.col("b").cast(order))
 
 
 def _comparable(
