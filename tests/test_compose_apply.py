@@ -421,7 +421,18 @@ def pair(**kwargs):
     ("plan", "line"),
     [
         (pair(action="isolate"), "isolates, but 'mean' keeps no cores; use one of core_isolation"),
-        (pair(action="logits"), "action 'logits' is not built yet; built are merge, reweight, p"),
+        (pair(action="logits"), "group 'g': unknown mode 'mean'; known are sum, geometric, mix"),
+        (pair(action="logits", method="sum", space="core"), "no parts of the model and no space"),
+        (pair(action="logits", method="sum", options={"alpha": 1}), "take no option ['alpha']"),
+        (
+            pair(action="logits", method="mixture", weights={"a": 0.9, "b": 0.3}),
+            "group 'g': mode 'mixture' needs weights of at least 0 that sum to 1",
+        ),
+        (
+            pair(action="logits", method="mixture", options={"gated": 1}),
+            "gates logits, but no router was given",
+        ),
+        (pair(action="logits", method="sum", name="a"), "'a', which is taken already"),
         (pair(action="prune"), "group 'g' prunes nothing"),
         (pair(space="time"), "group 'g': unknown space 'time'"),
         (
@@ -445,7 +456,7 @@ def pair(**kwargs):
         ),
         (
             plan_of(*FULL.groups, route=Route(by="prompt")),
-            "routes by prompt, which is not built yet",
+            "the plan routes by prompt or gates logits, but no router was given",
         ),
     ],
 )

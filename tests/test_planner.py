@@ -8,18 +8,16 @@ import subprocess
 import sys
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergeprobe.errors import NotForecastable, PlanError
+from mergeprobe.errors import PlanError
 from mergeprobe.plan import Action, Forecast, Group, plan_dict, read_plan, write_plan
 from mergeprobe.predict.costs import rank_for_budget, resident_parameters
 from mergeprobe.predict.partition import BILLION, exact
 from mergeprobe.predict.planner import AdapterInfo, group_names, make_plan, measured
 from mergeprobe.predict.search import local_search
-from mergeprobe.predict.separation import prompt_auc, separable
 
 SIZE = 1_200_000  # one adapter at rank 8
 
@@ -493,60 +491,80 @@ def test_a_candidate_that_cannot_be_judged_is_refused(group, said):
 # --- routing by prompt ----------------------------------------------------------------------
 
 
-def test_prompt_auc_by_hand():
-    """1-d prompts. a: 0, 2; b: 1, 9. Scores ‖x − c_b‖² − ‖x − c_a‖², own item left out:
-    a0: (0−5)² − (0−2)² = 21;  a2: (2−5)² − (2−0)² = 5;
-    b1: (1−9)² − (1−1)² = 64;  b9: (9−1)² − (9−1)² = 0.  a above b in 2 of 4 pairs."""
-    a, b = np.array([[0.0], [2.0]]), np.array([[1.0], [9.0]])
-    assert prompt_auc({"a": a, "b": b}) == {("a", "b"): 0.5}
-    # a: 0, 4; b: 5, 9. Scores a: 49−16, 9−16; b: 16−9, 16−49. a above b in 3 of 4
-    a, b = np.array([[0.0], [4.0]]), np.array([[5.0], [9.0]])
-    assert prompt_auc({"a": a, "b": b}) == {("a", "b"): 0.75}
-    assert prompt_auc({"a": a + 100, "b": b + 100}) == {("a", "b"): 0.75}  # where 0 is is moot
-    assert prompt_auc({"a": 0 * a, "b": 0 * b}) == {("a", "b"): 0.5}  # all scores tie
-    far = {"a": a, "b": a + 100, "c": a - 100}
-    assert prompt_auc(far) == {("a", "b"): 1.0, ("a", "c"): 1.0, ("b", "c"): 1.0}
-
-
-def test_equal_prompts_never_separate():
-    rows = np.random.default_rng(0).normal(size=(32, 16))
-    assert prompt_auc({"a": rows, "b": rows})["a", "b"] <= 0.5
-    assert separable(0.95)
-    assert not separable(0.9499)
-
-
-@pytest.mark.parametrize(
-    ("features", "said"),
-    [
-        ({"a": np.zeros((1, 3)), "b": np.zeros((2, 3))}, "'a' have shape (1, 3)"),
-        ({"a": np.zeros((2, 3)), "b": np.zeros((2, 4))}, "'a' 3, 'b' 4"),
-        ({"a": np.zeros((2, 3)), "b": np.full((2, 3), np.nan)}, "'b' hold NaN"),
-    ],
-)
-def test_prompt_features_that_cannot_be_used(features, said):
-    with pytest.raises(NotForecastable) as caught:
-        prompt_auc(features)
-    assert said in str(caught.value)
-
-
 def test_routing_by_prompt_only_where_groups_separate():
-    draw = np.random.default_rng(1)
-    rows = draw.normal(size=(20, 8))
-    centres = {"math": 0.0, "code": 0.0, "instruction": 50.0, "safety": -50.0}
-    features = {name: rows + centre for name, centre in centres.items()}
-    ask: dict[str, Any] = {"tier": "file", "route_by": "prompt"}
     # math and code have the same prompts, but they share a group
-    plan = make_plan(info(*NAMES), offer(FIVE), prompt_features=features, **ask)
+    aucs = dict.fromkeys(itertools.combinations(NAMES, 2), 1.0) | {("math", "code"): 0.5}
+    ask: dict[str, Any] = {"tier": "file", "route_by": "prompt"}
+    plan = make_plan(info(*NAMES), offer(FIVE), prompt_auc=aucs, **ask)
     assert plan.route.by == "prompt"
     assert any("AUC 1.00 at worst" in reason for reason in plan.reasons)
 
-    features["safety"] = features["instruction"]
+    aucs["instruction", "safety"] = 0.9499
     with pytest.raises(PlanError, match=r"'instruction' and 'safety' cannot be told apart \(AUC 0"):
-        make_plan(info(*NAMES), offer(FIVE), prompt_features=features, **ask)
-    del features["safety"]
-    with pytest.raises(PlanError, match="'safety' has none"):
-        make_plan(info(*NAMES), offer(FIVE), prompt_features=features, **ask)
+        make_plan(info(*NAMES), offer(FIVE), prompt_auc=aucs, **ask)
+    aucs["safety", "instruction"] = 0.95  # either way round
+    del aucs["instruction", "safety"]
+    assert make_plan(info(*NAMES), offer(FIVE), prompt_auc=aucs, **ask).route.by == "prompt"
+    del aucs["safety", "instruction"]
+    with pytest.raises(PlanError, match="'instruction' or 'safety' has none"):
+        make_plan(info(*NAMES), offer(FIVE), prompt_auc=aucs, **ask)
     assert make_plan(info(*NAMES), offer(FIVE), tier="file").route.by == "name"
+
+
+# --- sets that one answer needs -------------------------------------------------------------
+
+
+def logits(kept: dict[str, float]) -> Group:
+    group = merged(kept, method="mixture", parameters=SIZE * len(kept))
+    return group.model_copy(update={"action": Action.logits, "rank": None})
+
+
+def test_adapters_that_must_stay_together_compose_logits_where_their_merge_fails():
+    table = {
+        "a+b": [merged({"a": 0.2, "b": 0.95}), logits({"a": 0.92, "b": 0.97})],
+        "a+c": [merged({"a": 0.99, "c": 0.99})],
+        "a+b+c": [merged({"a": 0.1, "b": 0.9, "c": 0.9})],
+    }
+    apart = make_plan(info("a", "b", "c"), offer(table), tier="model")
+    assert [group.adapters for group in apart.groups] == [("a", "c"), ("b",)]
+    plan = make_plan(info("a", "b", "c"), offer(table), together=[("b", "a")], tier="model")
+    assert [(g.adapters, g.action) for g in plan.groups] == [
+        (("a", "b"), Action.logits),
+        (("c",), Action.route),
+    ]
+    assert plan.resident_parameters == 3 * SIZE
+    # a lower floor takes the merge, which holds one adapter
+    plan = make_plan(
+        info("a", "b", "c"), offer(table), together=[("a", "b")], min_retention=0.2, tier="model"
+    )
+    assert plan.groups[0].action is Action.merge
+    # sets that overlap are one
+    plan = make_plan(
+        info("a", "b", "c"), offer(table), together=[("a", "b"), ("b", "c")], tier="model"
+    )
+    assert [group.adapters for group in plan.groups] == [("a", "b", "c")]
+    with pytest.raises(PlanError, match="'d' is to stay together with others but is not planned"):
+        make_plan(info("a", "b", "c"), offer(table), together=[("a", "d")], tier="model")
+    with pytest.raises(PlanError, match="no way to merge 3 adapters with b, c together"):
+        make_plan(info("a", "b", "c"), offer({}), together=[("b", "c")], tier="model")
+
+
+def test_together_in_a_local_search():
+    """Twelve adapters: every pair merges at 0.99, but for k0 and k1, which must be together."""
+    names = [f"k{i}" for i in range(12)]
+
+    def candidates(group):
+        if len(group) == 1:
+            return [routed(group[0])]
+        clash = {"k0", "k1"} <= set(group)
+        found = [merged(dict.fromkeys(group, 0.3 if clash else 0.99))]
+        return [*found, logits(dict.fromkeys(group, 0.95))] if set(group) == {"k0", "k1"} else found
+
+    plan = make_plan(info(*names), candidates, together=[("k0", "k1")], tier="model")
+    assert [(g.adapters, g.action) for g in plan.groups] == [
+        (("k0", "k1"), Action.logits),
+        (tuple(names[2:]), Action.merge),
+    ]
 
 
 # --- costs ----------------------------------------------------------------------------------

@@ -32,13 +32,15 @@ class Action(StrEnum):
     route = "route"
 
 
-# the actions that need a merge rule, each with one that would do
+# the actions that need a method, each with one that would do
 EXAMPLES = {
     Action.merge: "mean",
     Action.reweight: "linear",
     Action.prune: "mean",
     Action.isolate: "core_isolation",
+    Action.logits: "mixture",
 }
+SEPARABLE = 0.95  # AUC between two tasks' prompts below which a router promises nothing
 
 
 class _Frozen(BaseModel):
@@ -76,8 +78,9 @@ class Group(_Frozen):
     """Adapters that are deployed together under one action.
 
     method, options: a merge rule of `mergeprobe.compose.METHODS` and its parameters (merge,
-    reweight, prune; for isolate one of its core isolations). space: in which the rule runs, "full"
-    or one of `mergeprobe.compose.merge.spaces`. seed: of what the rule draws at random.
+    reweight, prune; for isolate one of its core isolations); for logits one of
+    `mergeprobe.compose.logits.MODES` with the options plausibility and gated. space: in which the
+    rule runs, "full" or one of `mergeprobe.compose.merge.spaces`. seed: of what the rule draws.
     weights: one per adapter by name; where absent the method's own uniform weights.
     part_weights: factors on them by part of the model (a depth third: early, middle, late; or a
     kind of module: attention, mlp, other), each with one per adapter by name.

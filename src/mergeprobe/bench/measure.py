@@ -21,7 +21,7 @@ from mergeprobe.bench.folder import Config
 from mergeprobe.compose import merge, read_deployment
 from mergeprobe.errors import DataError
 from mergeprobe.evaluate.data import Example
-from mergeprobe.evaluate.score import batch_of, score
+from mergeprobe.evaluate.score import batch_of, score, score_deployed
 
 DEPLOYED = "deployed"
 BASE_MODEL = "base"
@@ -115,11 +115,18 @@ class Bench:
         target = result_path(self.measured, wanted)
         if target.exists():
             return
-        serving, error, parameters = self._serving(wanted)
-        losses, exact = {}, {}
-        for name in wanted.adapters:
-            found = score(self.base, serving[name], self.batch(name))
-            losses[name], exact[name] = found.loss.tolist(), found.exact.tolist()
+        if wanted.method == DEPLOYED:
+            assert self.deployment is not None
+            deployment = read_deployment(self.deployment)
+            found = {
+                n: score_deployed(self.base, deployment, n, self.batch(n)) for n in wanted.adapters
+            }
+            error, parameters = 0.0, deployment.resident_parameters
+        else:
+            serving, error, parameters = self._serving(wanted)
+            found = {n: score(self.base, serving[n], self.batch(n)) for n in wanted.adapters}
+        losses = {name: scores.loss.tolist() for name, scores in found.items()}
+        exact = {name: scores.exact.tolist() for name, scores in found.items()}
         write_json(
             target,
             {
@@ -134,10 +141,6 @@ class Bench:
     def _serving(self, wanted: Measurement) -> tuple[Mapping[str, Adapter | None], float, int]:
         if wanted.method == BASE_MODEL:
             return dict.fromkeys(wanted.adapters), 0.0, 0
-        if wanted.method == DEPLOYED:
-            assert self.deployment is not None
-            deployment = read_deployment(self.deployment)
-            return dict(deployment.serving), 0.0, deployment.resident_parameters
         if wanted.method == JOINT:
             joint = self.adapter(JOINT)
             return dict.fromkeys(wanted.adapters, joint), 0.0, joint.parameters

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mergeprobe.adapters.checkpoint import WEIGHTS, Adapter, check_same_base
 from mergeprobe.artefact import refuse_existing, sha256
@@ -14,12 +14,15 @@ from mergeprobe.compose.deployment import (
     ROUTING,
     Deployment,
     Entry,
+    LogitGroup,
     read_deployment,
     write_deployment,
     written_parameters,
 )
+from mergeprobe.compose.logits import Mode
 from mergeprobe.compose.merge import Merged, check_options, merge
 from mergeprobe.compose.prune import prune
+from mergeprobe.compose.router import Router
 from mergeprobe.errors import MergeError, PlanError
 from mergeprobe.plan import Action, Group, Plan, check_name
 
@@ -33,40 +36,51 @@ def apply_plan(
     out: str | Path,
     *,
     probes: Mapping[str, Probe] | None = None,
+    router: Router | None = None,
     force: bool = False,
 ) -> Deployment:
     """Carries out `plan` and writes the deployment folder, whole or not at all.
 
     adapters: by the names the plan uses; more than it names is fine. probes: by the same names,
-    for methods that need data. Raises PlanError if the plan is for other adapters or asks for
-    what is not built, OutputExists if `out` is there and not `force`, and what `merge` raises.
-    Returns the deployment as read back from `out`.
+    for methods that need data. router: for a plan that routes by prompt or gates logits (see
+    `mergeprobe.compose.router_file`). Returns the deployment as read back from `out`. Raises
+    PlanError if the plan is for other adapters or asks for what is not given, OutputExists if `out`
+    is there and not `force`, and what `merge` raises.
     """
     refuse_existing(out, force=force)
-    deployment = deployed(plan, adapters, probes=probes)
+    deployment = deployed(plan, adapters, probes=probes, router=router)
     full = sum(written_parameters(adapters[ref.name]) for ref in plan.adapters)
     write_deployment(deployment, out, full_routing=full, force=force)
     return read_deployment(out)
 
 
 def deployed(
-    plan: Plan, adapters: Mapping[str, Adapter], *, probes: Mapping[str, Probe] | None = None
+    plan: Plan,
+    adapters: Mapping[str, Adapter],
+    *,
+    probes: Mapping[str, Probe] | None = None,
+    router: Router | None = None,
 ) -> Deployment:
     """The deployment of `plan` in memory, the same updates that `apply_plan` writes.
 
     Raises PlanError and what `merge` raises, as `apply_plan` does.
     """
     check_plan(plan, adapters)
+    _check_router(plan, router)
     fingerprint = check_same_base([adapters[ref.name] for ref in plan.adapters])
     serving: dict[str, Adapter] = {}
     entries: dict[str, Entry] = {}
     folders: dict[str, Adapter] = {}
+    compositions: dict[str, LogitGroup] = {}
     for group in plan.groups:
+        if group.action is Action.logits:
+            _free(group.name, folders, group)
+            compositions[group.name] = _composition(group)
         for folder, merged in CARRY_OUT[group.action](group, adapters, probes).items():
-            _free(folder, folders, group)
+            _free(folder, [*folders, *compositions], group)
             folders[folder] = merged.adapter
             certificate = merged.certificate
-            names = (folder,) if group.action is Action.route else group.adapters
+            names = (folder,) if group.action in APART else group.adapters
             for name in names:
                 serving[name] = merged.adapter
                 entries[name] = Entry(
@@ -75,16 +89,39 @@ def deployed(
                 )  # fmt: skip
     bases = (a.base for a in folders.values() if a.base)
     resident = sum(written_parameters(adapter) for adapter in folders.values())
-    return Deployment(next(bases, plan.base), fingerprint, plan.route, serving, entries, resident)
+    return Deployment(
+        base=next(bases, plan.base),
+        fingerprint=fingerprint,
+        route=plan.route,
+        serving=serving,
+        entries=entries,
+        resident_parameters=resident,
+        compositions=compositions,
+        router=router if needs_router(plan) else None,
+    )
+
+
+def needs_router(plan: Plan) -> bool:
+    """Whether a router has to be given: the plan routes by prompt, or gates logits."""
+    gated = (g for g in plan.groups if g.action is Action.logits and g.options.get("gated"))
+    return plan.route.by == "prompt" or next(gated, None) is not None
+
+
+def _check_router(plan: Plan, router: Router | None) -> None:
+    if not needs_router(plan):
+        return
+    if router is None:
+        raise PlanError(
+            "the plan routes by prompt or gates logits, but no router was given: give the probes "
+            "and the base model, or example prompts"
+        )
+    names = [ref.name for ref in plan.adapters]
+    if lacking := sorted(set(names) - set(router.names)):
+        raise PlanError(f"the router does not know {lacking}; it knows {list(router.names)}")
 
 
 def check_plan(plan: Plan, adapters: Mapping[str, Adapter]) -> None:
     """Raises PlanError if the plan is for other adapters, or says what cannot be carried out."""
-    if plan.route.by != "name":
-        raise PlanError(
-            f"the plan routes by {plan.route.by}, which is not built yet; "
-            'use "route": {"by": "name"}, where the caller names the adapter'
-        )
     if missing := [ref.name for ref in plan.adapters if ref.name not in adapters]:
         raise PlanError(
             f"the plan is for other adapters: {missing} are missing; given are {sorted(adapters)}"
@@ -135,11 +172,37 @@ def _check_group(group: Group) -> None:
             f"{where} isolates, but '{group.method}' keeps no cores; "
             f"use one of {', '.join(ISOLATIONS)}"
         )
+    if group.action is Action.logits:
+        _composition(group)
     merges = group.method or group.options or group.weights or group.part_weights
     if group.action is Action.route and merges:
         raise PlanError(
             f"{where} routes, so nothing is merged: drop its method, options and weights"
         )
+
+
+def _composition(group: Group) -> LogitGroup:
+    """How a group's logits are composed: by default as a uniform mixture, or a plain sum."""
+    where = f"group '{group.name}'"
+    if stray := sorted(set(group.options) - {"plausibility", "gated"}):
+        raise PlanError(f"{where}: logits take no option {stray}; known are plausibility, gated")
+    if group.part_weights or group.space != "full":
+        raise PlanError(f"{where}: logits have no parts of the model and no space; drop them")
+    uniform = 1.0 if group.method == "sum" else 1 / len(group.adapters)
+    weights = group.weights or dict.fromkeys(group.adapters, uniform)
+    share = group.options.get("plausibility")
+    found = LogitGroup(
+        adapters=group.adapters,
+        weights=tuple(weights[name] for name in group.adapters),
+        mode=cast(Mode, group.method),
+        plausibility=None if share is None else float(share),
+        gated=bool(group.options.get("gated", 0)),
+    )
+    try:
+        found.composition()
+    except MergeError as problem:
+        raise PlanError(f"{where}: {problem}") from None
+    return found
 
 
 def _merge(
@@ -213,11 +276,13 @@ CARRY_OUT: dict[Action, Carry] = {
     Action.reweight: _merge,
     Action.prune: _merge,
     Action.isolate: _merge,
+    Action.logits: _route,
     Action.route: _route,
 }
+APART = (Action.logits, Action.route)  # each adapter stays a folder of its own
 
 
-def _free(folder: str, taken: Mapping[str, Adapter], group: Group) -> None:
+def _free(folder: str, taken: Iterable[str], group: Group) -> None:
     check_name(folder)
     # some file systems do not tell 'A' from 'a'
     used = {name.lower() for name in (*taken, ROUTING, CARD)}

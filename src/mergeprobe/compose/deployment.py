@@ -1,19 +1,23 @@
 """Deployment: which adapter serves which name, in memory or as a folder on disk.
 
-The folder holds one PEFT folder for each distinct adapter, `routing.json`, and a README for people.
+The folder holds one PEFT folder for each distinct adapter, `routing.json`, a README for people
+and, where prompts are routed, `router.safetensors`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mergeprobe.adapters.checkpoint import Adapter, read_adapter, write_adapter
 from mergeprobe.artefact import MADE_BY, atomic_folder, check_schema, read_json
-from mergeprobe.errors import DeploymentError, PlanError
+from mergeprobe.compose.logits import Composition, Mode
+from mergeprobe.compose.router import Router
+from mergeprobe.compose.router_file import ROUTER, read_router, write_router
+from mergeprobe.errors import DeploymentError, MergeError, PlanError
 from mergeprobe.plan import Action, Route, check_name
 
 ROUTING, CARD = "routing.json", "README.md"
@@ -25,7 +29,8 @@ class Entry:
     """How one adapter name is served.
 
     error: relative Frobenius error, in [0, 1], of the folder's update against the exact rule;
-    worst_error: that of its worst module. method is None for a routed adapter.
+    worst_error: that of its worst module. method is None for a routed adapter; for logits it is
+    the mode, and `Deployment.compositions` says with whom the folder's logits are composed.
     """
 
     group: str
@@ -36,12 +41,32 @@ class Entry:
     worst_error: float
 
 
+@dataclass(frozen=True)
+class LogitGroup:
+    """Adapters whose next-token logits are composed, for each of their names and the group's.
+
+    weights: one for each adapter; where `gated` the router gives them for each prompt instead.
+    plausibility: as in `mergeprobe.compose.logits.compose`.
+    """
+
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...]
+    mode: Mode = "sum"
+    plausibility: float | None = None
+    gated: bool = False
+
+    def composition(self) -> Composition:
+        """Raises MergeError for weights that the mode can't take."""
+        return Composition(self.weights, self.mode, self.plausibility)
+
+
 @dataclass(frozen=True, eq=False)
 class Deployment:
     """serving: adapter name -> the adapter that serves it (one object where several share it).
 
     entries: adapter name -> how. resident_parameters: entries of all B and A as they are written,
-    each folder counted once, at its one uniform rank. path: None while only in memory.
+    each folder counted once, at its one uniform rank. compositions: by group name. router: where
+    prompts are routed. path: None while only in memory.
     """
 
     base: str
@@ -50,7 +75,14 @@ class Deployment:
     serving: dict[str, Adapter]
     entries: dict[str, Entry]
     resident_parameters: int
+    compositions: dict[str, LogitGroup] = field(default_factory=dict)
+    router: Router | None = None
     path: Path | None = None
+
+    def composition_of(self, name: str) -> LogitGroup | None:
+        """The composition that serves an adapter's name, None where one adapter does."""
+        entry = self.entries[name]
+        return self.compositions.get(entry.group) if entry.action is Action.logits else None
 
     def folders(self) -> dict[str, Adapter]:
         """The distinct adapters by folder name, in the order of the plan."""
@@ -77,7 +109,10 @@ def write_deployment(
             "route": deployment.route.model_dump(),
             "resident_parameters": deployment.resident_parameters,
             "entries": {name: asdict(entry) for name, entry in deployment.entries.items()},
+            "compositions": {name: asdict(g) for name, g in deployment.compositions.items()},
         }
+        if deployment.router is not None:
+            write_router(deployment.router, folder / ROUTER)
         text = json.dumps(routing, indent=2, ensure_ascii=False)
         (folder / ROUTING).write_text(text + "\n", "utf-8")
         (folder / CARD).write_text(card(deployment, full_routing), "utf-8")
@@ -96,11 +131,18 @@ def read_deployment(path: str | Path) -> Deployment:
     try:
         route = Route.model_validate(routing["route"])
         entries = {name: _entry(value) for name, value in routing["entries"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError, PlanError) as problem:
+        listed = routing.get("compositions", {})
+        compositions = {check_name(name): _logit_group(value) for name, value in listed.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, PlanError, MergeError) as problem:
         reason = str(problem).splitlines()[0]
         raise DeploymentError(f"{where} is malformed: {reason}; deploy again") from None
     if not entries:
         raise DeploymentError(f"{where} serves no adapter; deploy again")
+    for name, group in compositions.items():
+        if stray := sorted(set(group.adapters) - set(entries)):
+            raise DeploymentError(f"{where}: '{name}' composes {stray}, which it does not serve")
+    gated = [name for name, group in compositions.items() if group.gated]
+    router = read_router(path / ROUTER) if route.by == "prompt" or gated else None
     folders = {name: read_adapter(path / name) for name in {e.folder: 0 for e in entries.values()}}
     for name, adapter in folders.items():
         declared = routing.get("base_fingerprint") or adapter.fingerprint
@@ -116,6 +158,8 @@ def read_deployment(path: str | Path) -> Deployment:
         serving={name: folders[entry.folder] for name, entry in entries.items()},
         entries=entries,
         resident_parameters=sum(written_parameters(a) for a in folders.values()),
+        compositions=compositions,
+        router=router,
         path=path,
     )
 
@@ -129,6 +173,20 @@ def _entry(value: Mapping[str, Any]) -> Entry:
         error=float(value["error"]),
         worst_error=float(value["worst_error"]),
     )
+
+
+def _logit_group(value: Mapping[str, Any]) -> LogitGroup:
+    group = LogitGroup(
+        adapters=tuple(str(name) for name in value["adapters"]),
+        weights=tuple(float(weight) for weight in value["weights"]),
+        mode=value["mode"],
+        plausibility=value["plausibility"],
+        gated=bool(value["gated"]),
+    )
+    if len(group.weights) != len(group.adapters):
+        raise ValueError(f"{len(group.weights)} weights for {len(group.adapters)} adapters")
+    group.composition()
+    return group
 
 
 def card(deployment: Deployment, full_routing: int) -> str:
@@ -153,7 +211,7 @@ def card(deployment: Deployment, full_routing: int) -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
-            "The caller names the adapter; `routing.json` says which folder serves it. Each folder",
+            *_how_chosen(deployment),
             "is a plain LoRA that PEFT and LoRA servers load. The relative error is that of the",
             "folder's update against the exact rule: 0 where nothing was truncated. It does not",
             "say how well a merge keeps a task; measure that.",
@@ -168,6 +226,19 @@ def card(deployment: Deployment, full_routing: int) -> str:
             "",
         ]
     )
+
+
+def _how_chosen(deployment: Deployment) -> list[str]:
+    said = ["The caller names the adapter; `routing.json` says which folder serves it."]
+    if deployment.route.by == "prompt":
+        said.append(f"Or `{ROUTER}` chooses by the prompt: `mergeprobe route` says what, and why.")
+    for name, group in deployment.compositions.items():
+        gates = "the router's" if group.gated else ", ".join(f"{w:g}" for w in group.weights)
+        said.append(
+            f"`{name}` composes the logits of {', '.join(group.adapters)} ({group.mode}, weights "
+            f"{gates}): one forward pass of {len(group.adapters) + 1} rows a token."
+        )
+    return [*said, "Each folder"]
 
 
 def _cell(text: str) -> str:

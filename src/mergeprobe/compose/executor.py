@@ -1,8 +1,10 @@
-"""Executor: runs a deployment on a loaded model, one adapter name at a time."""
+"""Executor: runs a deployment on a loaded model, one adapter name at a time or by prompt."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +13,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mergeprobe.adapters.attach import attached, placed
-from mergeprobe.compose.deployment import Deployment
+from mergeprobe.compose.deployment import Deployment, LogitGroup
+from mergeprobe.compose.logits import composed
+from mergeprobe.compose.router import Choice, Router, prompt_states
 from mergeprobe.errors import AdapterMismatch, DataError, DeploymentError
 from mergeprobe.lowrank import LowRank
 
+AUTO = "auto"  # a router names the adapter
+
 
 class Executor:
-    """A model that answers as any adapter name of a deployment.
+    """A model that answers as any adapter name, or group of composed logits, of a deployment.
 
     model: a transformers causal model on its device; tokenizer: its own. The factors are put on
     the model's device once; the model itself is never changed. Raises AdapterMismatch on
@@ -35,14 +41,52 @@ class Executor:
             except AdapterMismatch as problem:
                 raise AdapterMismatch(f"'{folder}': {problem}") from None
 
-    def serving(self, name: str) -> AbstractContextManager[nn.Module]:
-        """A block in which the model answers as adapter `name`."""
-        entries = self.deployment.entries
-        if name not in entries:
+    def serving(self, name: str | None) -> AbstractContextManager[nn.Module]:
+        """A block in which the model answers as adapter or group `name`; as itself for None.
+
+        Where logits are composed the block's forward pass takes token ids alone. Gates that a
+        router gives are those of the first tokens that a batch is given: its prompts.
+        """
+        deployment = self.deployment
+        if name is None:
+            return nullcontext(self.model)
+        group = deployment.compositions.get(name)
+        if group is None and name not in deployment.entries:
+            known = ", ".join([*deployment.entries, *deployment.compositions])
+            raise DeploymentError(f"the deployment serves no adapter '{name}'; known are {known}")
+        group = group or deployment.composition_of(name)
+        if group is None:
+            return attached(self.model, self._placed[deployment.entries[name].folder])
+        updates = [self._placed[deployment.entries[one].folder] for one in group.adapters]
+        how = replace(group.composition(), gate=self._gate(group) if group.gated else None)
+        return composed(self.model, updates, how)
+
+    def _gate(self, group: LogitGroup) -> Callable[[Tensor, Tensor | None], Tensor]:
+        router = self._router()
+
+        def gate(ids: Tensor, mask: Tensor | None) -> Tensor:
+            seen = torch.ones_like(ids) if mask is None else mask
+            states = prompt_states(self.model, ids, seen, layer=router.layer)
+            return router.gates(states, among=group.adapters).to(ids.device, torch.float32)
+
+        return gate
+
+    def _router(self) -> Router:
+        router = self.deployment.router
+        if router is None:
             raise DeploymentError(
-                f"the deployment serves no adapter '{name}'; known are {', '.join(entries)}"
+                "the deployment routes by name only: it has no router; plan with --route-by prompt"
             )
-        return attached(self.model, self._placed[entries[name].folder])
+        return router
+
+    @torch.no_grad()
+    def route(self, prompts: list[str]) -> list[Choice]:
+        """The adapter that the deployment's router picks for each prompt, and how sure it is.
+        DeploymentError where there is no router."""
+        router = self._router()
+        batch = self._tokenise(prompts)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        return router.choose(prompt_states(self.model, ids, mask, layer=router.layer))
 
     @torch.no_grad()
     def logits(
@@ -82,12 +126,26 @@ class Executor:
 
     @torch.no_grad()
     def generate(self, name: str, prompts: list[str], **generation: Any) -> list[str]:
-        """Completions of `prompts` (without the prompts) as adapter `name`, in one batch.
+        """Completions of `prompts` (without the prompts) as adapter `name`, in one batch; with
+        "auto" each as the adapter that the router picks, in one batch for each of those.
 
         generation: keywords of transformers' `generate`, such as max_new_tokens, do_sample.
         """
         if not prompts:
             return []
+        if name != AUTO or AUTO in self.deployment.entries:
+            return self._generate(name, prompts, generation)
+        chosen = [choice.name for choice in self.route(prompts)]
+        found = dict[int, str]()
+        for one in dict.fromkeys(chosen):
+            mine = [position for position, other in enumerate(chosen) if other == one]
+            texts = self._generate(one, [prompts[position] for position in mine], generation)
+            found |= dict(zip(mine, texts, strict=True))
+        return [found[position] for position in range(len(prompts))]
+
+    def _generate(
+        self, name: str | None, prompts: list[str], generation: dict[str, Any]
+    ) -> list[str]:
         batch = self._tokenise(prompts)
         with self.serving(name):
             output = self.model.generate(  # pyright: ignore[reportCallIssue]

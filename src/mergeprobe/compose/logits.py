@@ -193,6 +193,7 @@ class _Composed:
     def _weights(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         if self.how.gate is None:
             return torch.tensor(self.how.weights, device=ids.device)
+        self.rows.choose([NONE] * len(ids))  # the gate sees the base model
         gates = self.how.gate(ids, mask).to(ids.device)
         if gates.shape != (self.rows.count, ids.shape[0]):
             raise MergeError(

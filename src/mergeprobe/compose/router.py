@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from mergeprobe.capture.batch import Batch
 from mergeprobe.capture.probe import Calibration
 from mergeprobe.errors import DataError, DeploymentError
+from mergeprobe.plan import SEPARABLE
 
 DEPTH = 2 / 3  # of the layers; near the output states mostly hold the next token
 SHRINKAGE = 0.2  # of the within-task covariance towards its diagonal
 FOLDS = 4
 SLACK = 1.15  # on the largest distance of a task's own prompts, cross-fitted
-SEPARABLE = 0.95  # AUC between two tasks' prompts below which nothing is promised
 FEWEST = 8  # prompts a task
 
 
@@ -95,13 +95,22 @@ class Router:
         return found
 
     def gates(
-        self, states: Float[Tensor, "n d"], *, top: int | None = None
+        self,
+        states: Float[Tensor, "n d"],
+        *,
+        among: Sequence[str] | None = None,
+        top: int | None = None,
     ) -> Float[Tensor, "k n"]:
         """Weights of a mixture for each prompt: the posterior of equally likely Gaussian tasks,
-        of the `top` nearest only; columns sum to 1."""
-        halves = -squared(self.whitening(states), self.centroids) / 2
+        of those in `among` (in that order; None: all), of the `top` nearest only; columns sum to 1.
+        DeploymentError for a name that the router does not know."""
+        names = self.names if among is None else tuple(among)
+        if unknown := sorted(set(names) - set(self.names)):
+            raise DeploymentError(f"the router knows no {unknown}; it knows {list(self.names)}")
+        wanted = [self.names.index(name) for name in names]
+        halves = -squared(self.whitening(states), self.centroids[wanted]) / 2
         if top is not None:
-            least = halves.topk(min(top, len(self.names)), dim=1).values[:, -1:]
+            least = halves.topk(min(top, len(names)), dim=1).values[:, -1:]
             halves = halves.masked_fill(halves < least, -math.inf)
         return halves.softmax(1).T
 
@@ -208,16 +217,17 @@ def prompt_states(
 def _states(model: nn.Module, ids: Tensor, mask: Tensor, layer: int) -> Tensor:
     """Hidden states after one layer; the layers above and the LM head are not run."""
     device = next(model.parameters()).device
-    layers: Any = model.get_decoder().layers  # type: ignore[operator, union-attr]
+    # not through the model itself, whose forward pass may be a composition's
+    decoder: Any = model.get_decoder()  # type: ignore[operator, union-attr]
     kept: list[Tensor] = []
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         kept.append(output[0] if isinstance(output, tuple) else output)
         raise _Enough
 
-    handle = layers[layer - 1].register_forward_hook(stop)
+    handle = decoder.layers[layer - 1].register_forward_hook(stop)
     try:
-        model(input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False)
+        decoder(input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False)
     except _Enough:
         return kept[0]
     finally:

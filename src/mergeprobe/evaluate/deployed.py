@@ -10,7 +10,7 @@ from mergeprobe.compose.deployment import Deployment
 from mergeprobe.errors import AdapterMismatch, DataError, DeploymentError
 from mergeprobe.evaluate.data import Example
 from mergeprobe.evaluate.retention import Retention, retention
-from mergeprobe.evaluate.score import batch_of, score
+from mergeprobe.evaluate.score import batch_of, score, score_deployed
 
 
 def deployed_retention(
@@ -37,11 +37,11 @@ def deployed_retention(
         raise DataError(f"no examples for {lacking}; expected some for every name that is served")
     _check_base(base, deployment)
     found = {}
-    for name, served in deployment.serving.items():
+    for name in deployment.entries:
         progress(name)
         batch = batch_of(base, examples[name])
-        losses = [score(base, what, batch).loss for what in (None, adapters[name], served)]
-        found[name] = retention(*losses)
+        alone = [score(base, what, batch).loss for what in (None, adapters[name])]
+        found[name] = retention(*alone, score_deployed(base, deployment, name, batch).loss)
     return found
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
-import numpy as np
-
 from mergeprobe.errors import PlanError
 from mergeprobe.plan import (
+    SEPARABLE,
     Action,
     AdapterRef,
     FrontierPoint,
@@ -34,7 +33,6 @@ from mergeprobe.predict.partition import (
 )
 from mergeprobe.predict.reasons import Confidence, Setting, group_reasons, number, plan_reasons
 from mergeprobe.predict.search import local_search, searched_frontier
-from mergeprobe.predict.separation import SEPARABLE_AUC, prompt_auc, separable
 
 EXACT_UP_TO = 10  # Bell(10) = 115,975 partitions of 1,023 sets; beyond, a local search
 
@@ -59,8 +57,9 @@ def make_plan(
     min_retention: float = 0.9,
     max_adapters: int | None = None,
     confidence: Confidence = "point",
+    together: Sequence[Sequence[str]] = (),
     route_by: Literal["name", "prompt"] = "name",
-    prompt_features: Mapping[str, np.ndarray] | None = None,
+    prompt_auc: Mapping[tuple[str, str], float] | None = None,
     tier: Literal["weights", "file", "model", "hand"],
     base: str = "",
     base_fingerprint: str | None = None,
@@ -77,7 +76,8 @@ def make_plan(
     min_retention: the floor for every adapter, in [0, 1]. max_adapters: the most adapters that may
     stay resident, that is groups; it goes before the floor. confidence: whether the point forecast
     or the low end of its interval has to keep it; the frontier is in the same measure.
-    prompt_features: see separation.prompt_auc; needed for route_by="prompt".
+    together: names that must share a group, because one answer needs all of them. prompt_auc: how
+    well two adapters' prompts separate, as a router measured it; needed for route_by="prompt".
 
     Ties go to the partition whose lowest low end is highest, then to the higher sum of low ends:
     between two that are forecast to do, the one that is more certain to. Exact up to 10 adapters, a
@@ -90,16 +90,12 @@ def make_plan(
     names = tuple(adapter.name for adapter in adapters)
     options = measured(names, candidates, confidence)
     floor = round(min_retention * BILLION)
-    if len(names) <= EXACT_UP_TO:
-        points = frontier(exact(options, len(names), max_adapters))
-    else:
-        points = searched_frontier(options, len(names), floor, most=max_adapters)
-    if not points:
-        raise PlanError(f"there is no way to merge {len(names)} adapters into {max_adapters}")
-    reaching = [point for point in points if point.worst >= floor]
-    chosen = points[-1]
-    if reaching:
-        chosen = _most_certain(reaching[0], options, len(names), floor, max_adapters)
+    found = _searched(options, _units(names, together), floor, max_adapters)
+    if found is None:
+        kept = f" with {', '.join(together[0])} together" if together else ""
+        into = f" into {max_adapters}" if max_adapters else ""
+        raise PlanError(f"there is no way to merge {len(names)} adapters{kept}{into}")
+    chosen, points = found
     setting = Setting(
         names=names,
         parameters=tuple(adapter.parameters for adapter in adapters),
@@ -107,9 +103,9 @@ def make_plan(
         options=options,
         confidence=confidence,
         floor=floor,
-        reached=bool(reaching),
+        reached=chosen.worst >= floor,
     )
-    routed = _check_routing(chosen, prompt_features) if route_by == "prompt" else ()
+    routed = _check_routing(chosen, prompt_auc) if route_by == "prompt" else ()
     caution = () if calibrated else ("the forecasts are uncalibrated: read intervals as rough",)
     return Plan(
         base=base,
@@ -129,6 +125,52 @@ def make_plan(
         reasons=(*plan_reasons(setting, chosen, points), *routed, *caution),
         missing=tuple(missing),
     )
+
+
+def _units(names: tuple[str, ...], together: Sequence[Sequence[str]]) -> list[int]:
+    """What the search moves about, as bitmasks of adapters: single ones, or sets that must stay
+    together (sets that overlap are one). PlanError for a name that is not there."""
+    units = [1 << position for position in range(len(names))]
+    for wanted in together:
+        if unknown := [name for name in wanted if name not in names]:
+            raise PlanError(
+                f"'{unknown[0]}' is to stay together with others but is not planned for"
+            )
+        joint = sum(1 << names.index(name) for name in dict.fromkeys(wanted))
+        met = [unit for unit in units if unit & joint]
+        units = [unit for unit in units if not unit & joint] + [sum(met)] * bool(met)
+    return sorted(units, key=lambda unit: unit & -unit)
+
+
+def _searched(
+    options: Options, units: Sequence[int], floor: int, most: int | None
+) -> tuple[Partition, list[Partition]] | None:
+    """The partition to choose and the frontier, over `units` that are never split; None if there
+    is none at all."""
+
+    def over_units(mask: int) -> tuple[Option, ...]:
+        found = options(_members(mask, units))
+        return tuple(replace(option, mask=mask) for option in found)
+
+    def of_adapters(point: Partition) -> Partition:
+        of = {id(o.group): o for part in point.options for o in options(_members(part.mask, units))}
+        return Partition(tuple(of[id(part.group)] for part in point.options))
+
+    if len(units) <= EXACT_UP_TO:
+        points = frontier(exact(over_units, len(units), most))
+    else:
+        points = searched_frontier(over_units, len(units), floor, most=most)
+    if not points:
+        return None
+    reaching = [point for point in points if point.worst >= floor]
+    chosen = points[-1]
+    if reaching:
+        chosen = _most_certain(reaching[0], over_units, len(units), floor, most)
+    return of_adapters(chosen), [of_adapters(point) for point in points]
+
+
+def _members(mask: int, units: Sequence[int]) -> int:
+    return sum(unit for position, unit in enumerate(units) if mask >> position & 1)
 
 
 def _most_certain(
@@ -257,31 +299,27 @@ def _with_full_routing(
     return tuple(sorted(rows, key=lambda row: row.resident_parameters))
 
 
-def _check_routing(chosen: Partition, features: Mapping[str, np.ndarray] | None) -> tuple[str, ...]:
+def _check_routing(
+    chosen: Partition, aucs: Mapping[tuple[str, str], float] | None
+) -> tuple[str, ...]:
     """A reason in words, or PlanError naming the two adapters whose prompts look alike."""
     groups = [option.group.adapters for option in chosen.options]
     if len(groups) == 1:
         return ("there is one group, so no prompt has to be told apart from another",)
-    names = [name for group in groups for name in group]
-    if lacking := [name for name in names if name not in (features or {})]:
+    crossing = [(a, b) for one, other in combinations(groups, 2) for a in one for b in other]
+    known = dict(aucs or {}) | {(b, a): auc for (a, b), auc in (aucs or {}).items()}
+    if lacking := [pair for pair in crossing if pair not in known]:
         raise PlanError(
-            f"routing by prompt needs calibration prompts of every adapter; '{lacking[0]}' has "
-            "none: route by name, or capture a probe with calibration items"
+            f"routing by prompt needs calibration prompts of every adapter; '{lacking[0][0]}' or "
+            f"'{lacking[0][1]}' has none: route by name, or capture a probe with calibration items"
         )
-    aucs = prompt_auc({name: (features or {})[name] for name in names})
-    crossing = [
-        (aucs.get((a, b), aucs.get((b, a), 0.0)), a, b)
-        for one, other in combinations(groups, 2)
-        for a in one
-        for b in other
-    ]
-    auc, a, b = min(crossing)
-    if not separable(auc):
+    auc, a, b = min((known[pair], *pair) for pair in crossing)
+    if auc < SEPARABLE:
         raise PlanError(
             f"prompts of '{a}' and '{b}' cannot be told apart (AUC {number(auc)}, needed "
-            f"{number(SEPARABLE_AUC)}) but they stand in different groups; route by name"
+            f"{number(SEPARABLE)}) but they stand in different groups; route by name"
         )
     return (
         f"a router can tell the groups apart by prompt: AUC {number(auc)} at worst "
-        f"('{a}' and '{b}', needed {number(SEPARABLE_AUC)})",
+        f"('{a}' and '{b}', needed {number(SEPARABLE)})",
     )
