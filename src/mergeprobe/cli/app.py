@@ -15,6 +15,7 @@ from mergeprobe.cli.learn import FIT, TABLES, bench_report, fit
 from mergeprobe.cli.measure import PROBE, probe
 from mergeprobe.cli.merging import MERGE, merge
 from mergeprobe.cli.options import examples, flowing
+from mergeprobe.cli.routing import ROUTE, route
 from mergeprobe.cli.signals import SIGNALS, signals
 from mergeprobe.version import __version__
 
@@ -27,6 +28,7 @@ VERBS = {
     "plan": (plan, PLAN),
     "apply": (apply, APPLY),
     "merge": (merge, MERGE),
+    "route": (route, ROUTE),
     "evaluate": (evaluate, EVALUATE),
     "report": (report, REPORT),
     "doctor": (doctor, DOCTOR),

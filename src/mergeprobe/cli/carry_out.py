@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergeprobe.cli.options import Force, Json, ReadingBase, ReadingRank
+from mergeprobe.cli.routing import RouterProbes, RouterPrompts, router_of
+from mergeprobe.errors import PlanError
 
 if TYPE_CHECKING:
+    from mergeprobe.compose.router import Router
     from mergeprobe.plan import Plan
 
 APPLY = (
     "mergeprobe apply plan.json --adapters adapters/ --out deployment/",
     "mergeprobe apply plan.json adapters/math adapters/code --out deployment/ --force",
+    "mergeprobe apply plan.json --adapters adapters/ --probes probes/ --base ./base",
 )
 
 
@@ -39,6 +43,8 @@ def apply(
     ] = None,
     out: Annotated[Path, typer.Option(help="The deployment folder.")] = Path("deployment"),
     base: ReadingBase = None,
+    probes: RouterProbes = None,
+    prompts: RouterPrompts = None,
     read_rank: ReadingRank = None,
     force: Force = False,
     json: Json = False,
@@ -49,6 +55,7 @@ def apply(
     """
     from mergeprobe.artefact import refuse_existing
     from mergeprobe.cli import show
+    from mergeprobe.cli.asked import probes_of
     from mergeprobe.cli.sources import read_adapters
     from mergeprobe.compose import apply_plan
     from mergeprobe.plan import read_plan
@@ -56,7 +63,14 @@ def apply(
     wanted = read_plan(plan)
     refuse_existing(out, force=force)
     given = [*(adapters or ()), *(folders or ())] or _paths(wanted)
-    done = apply_plan(wanted, read_adapters(given, base, rank=read_rank), out, force=force)
+    done = apply_plan(
+        wanted,
+        read_adapters(given, base, rank=read_rank),
+        out,
+        probes=probes_of(probes) if probes else None,
+        router=_router(wanted, base, probes, prompts),
+        force=force,
+    )
     if json:
         entries = {name: asdict(entry) for name, entry in done.entries.items()}
         show.emit(
@@ -77,6 +91,25 @@ def apply(
         f"{done.resident_parameters:,} resident parameters, written to '{out}'. The error is that "
         "of truncation against the exact rule, not of retention: `mergeprobe evaluate` measures it."
     )
+
+
+def _router(
+    plan: Plan, base: str | None, probes: list[Path] | None, prompts: Path | None
+) -> Router | None:
+    """The router that the plan needs, None if it needs none."""
+    from mergeprobe.adapters.base import load_base
+    from mergeprobe.cli import show
+    from mergeprobe.compose.apply import needs_router
+
+    if not needs_router(plan):
+        return None
+    if base is None or (probes is None and prompts is None):
+        raise PlanError(
+            "the plan routes by prompt, so a router has to be made: give --base, and --probes or "
+            "--prompts"
+        )
+    with show.working("reading prompts") as progress:
+        return router_of(load_base(base, notify=progress), probes, prompts)
 
 
 def _paths(plan: Plan) -> list[Path]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import permutations
+from enum import StrEnum
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +32,13 @@ PLAN = (
     "mergeprobe plan adapters/*",
     "mergeprobe plan probes/ --base smollm2-135m-instruct-q4 --out plan.json",
     "mergeprobe plan probes/ --min-retention 0.95",
+    "mergeprobe plan probes/ --base ./base --together math,code --route-by prompt",
 )
+
+
+class RouteBy(StrEnum):
+    name = "name"
+    prompt = "prompt"
 
 
 ROUGH = "Uncalibrated: read the intervals as rough."
@@ -93,6 +100,22 @@ def plan(
         bool,
         typer.Option("--keep-ranks", help="Cut no group to a smaller rank (needs --base to try)."),
     ] = False,
+    together: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A,B",
+            help="Adapters that one answer needs: they share a group, merged or, where that is "
+            "forecast to fail, with their logits composed (needs --base). May be given again.",
+            show_default=False,
+        ),
+    ] = None,
+    route_by: Annotated[
+        RouteBy,
+        typer.Option(
+            help="Who picks the group: the caller by name, or a router by the prompt (needs "
+            "--base, and probes with calibration items)."
+        ),
+    ] = RouteBy.name,
     budget: Budget = None,
     items: Items = 16,
     predictor: PredictorFolder = None,
@@ -117,7 +140,12 @@ def plan(
     with show.working("planning") as progress:
         forecaster = _forecaster(sources, base, budget, items, predictor, progress)
         made = forecaster.plan(
-            min_retention=min_retention, max_adapters=max_adapters, keep_ranks=keep_ranks
+            min_retention=min_retention,
+            max_adapters=max_adapters,
+            keep_ranks=keep_ranks,
+            together=[names.split(",") for names in together or ()],
+            route_by=route_by.value,
+            prompt_auc=_prompt_auc(forecaster) if route_by is RouteBy.prompt else None,
         )
     if out is not None:
         write_plan(made, out, force=force)
@@ -152,6 +180,17 @@ def _forecaster(
     if loaded is not None:
         tier = open_tier(loaded, probes, items=items, budget=budget, progress=progress)
     return forecast_probes(probes, model=tier, predictor=learned, progress=progress)
+
+
+def _prompt_auc(forecaster: Forecaster) -> dict[tuple[str, str], float]:
+    """How well each two adapters' calibration prompts separate, as a router would see them."""
+    from mergeprobe.compose.router_file import router_from_probes
+
+    if forecaster.model is None:
+        raise typer.BadParameter("prompts are read with the base model", param_hint="--base")
+    router = router_from_probes(forecaster.model.base, forecaster.probes)
+    pairs = combinations(range(len(router.names)), 2)
+    return {(router.names[a], router.names[b]): float(router.separation[a, b]) for a, b in pairs}
 
 
 def _pairs(forecaster: Forecaster, method: str) -> list[dict[str, Any]]:

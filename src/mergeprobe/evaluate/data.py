@@ -58,6 +58,22 @@ def read_examples(path: str | Path) -> list[Example]:
     return examples
 
 
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts from a JSON-lines file of examples, or one from each line of a .txt file that is not
+    blank. DataError as `read_examples`."""
+    path = Path(path)
+    if path.suffix != ".txt":
+        return [example.prompt for example in read_examples(path)]
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"'{path}' cannot be read as UTF-8 text: {problem}") from None
+    found = [line for line in lines if line.strip()]
+    if not found:
+        raise DataError(f"'{path}' is empty; expected one prompt per line")
+    return found
+
+
 def separator(prompt: str, completion: str) -> str:
     """What goes between the two: nothing where either already has whitespace at the seam.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mergeprobe.adapters.checkpoint import Adapter
 from mergeprobe.compose import prune
+from mergeprobe.compose.logits import MODES, Composition, Mode
 from mergeprobe.errors import NotForecastable
 from mergeprobe.plan import Action, Forecast, Group
 from mergeprobe.predict import surrogate
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mergeprobe.predict.forecast import Forecaster
 
 METHODS = ("mean", "sum")
+LOGITS_SPREAD = 0.15
 KEPT = Forecast(retention=1.0, low=1.0, high=1.0)
 # reweighting and pruning are tried on up to three adapters whose plain merge is this near the floor
 RESCUED, RESCUE_MARGIN = 3, 0.15
@@ -43,10 +45,52 @@ def candidates(forecaster: Forecaster, names: tuple[str, ...]) -> list[Group]:
                 **common,
             )
         )
+    if _asked_together(forecaster, names):
+        found += _composed(forecaster, names, common)
     measurable = forecaster.model is not None and len(names) <= RESCUED
     if measurable and _near_miss(found, forecaster.floor):
         found += [*_reweighted(forecaster, names, common), *_pruned(forecaster, names, common)]
     return found
+
+
+def _asked_together(forecaster: Forecaster, names: tuple[str, ...]) -> bool:
+    """Whether the group is one that an answer needs, or several of those that overlap."""
+    inside = [asked for asked in forecaster.together if set(asked) <= set(names)]
+    return {name for asked in inside for name in asked} == set(names)
+
+
+def _composed(
+    forecaster: Forecaster, names: tuple[str, ...], common: dict[str, Any]
+) -> list[Group]:
+    """Their logits composed, for adapters that one answer needs: every adapter stays resident."""
+    if forecaster.model is None:
+        return []
+    whole = sum(forecaster.parameters([name]) for name in names)
+    groups = []
+    for mode in MODES:
+        share = 1.0 if mode == "sum" else 1 / len(names)
+        how = Composition((share,) * len(names), cast(Mode, mode))
+        try:
+            kept = {n: clip(forecaster.model.early_logits(n, names, how)) for n in names}
+        except NotForecastable:  # the budget is spent
+            break
+        groups.append(
+            Group(
+                action=Action.logits,
+                method=mode,
+                weights=dict.fromkeys(names, share),
+                forecast={name: _as_measured(value) for name, value in kept.items()},
+                reasons=(f"every token takes a forward pass of {len(names) + 1} rows",),
+                **{**common, "resident_parameters": whole},
+            )
+        )
+    return groups
+
+
+def _as_measured(kept: float) -> Forecast:
+    """The snapshots' own retention; LOGITS_SPREAD either way, uncalibrated."""
+    low, high = clip(kept - LOGITS_SPREAD), clip(kept + LOGITS_SPREAD)
+    return Forecast(retention=kept, low=low, high=high)
 
 
 def _near_miss(merges: Sequence[Group], floor: float) -> bool:

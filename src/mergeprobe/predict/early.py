@@ -30,7 +30,9 @@ from mergeprobe.capture.model import measuring
 from mergeprobe.capture.probe import Probe
 from mergeprobe.capture.recorder import record
 from mergeprobe.compose import merge
+from mergeprobe.compose.logits import Composition
 from mergeprobe.errors import BaseModelError, NotForecastable
+from mergeprobe.evaluate.score import score_composed
 from mergeprobe.predict.states import State, distance, js, kl, state_of, top1_disagreement
 
 LENGTHS = (1, 2, 4, 8, 16, 32)
@@ -186,6 +188,16 @@ class ModelTier:
             still = self._alone(name, diluted) / max(0.25, self._alone(name, weight))
             self._kept[key] = kept * max(1.0, still)
         return self._kept[key]
+
+    def early_logits(self, name: str, group: Sequence[str], how: Composition) -> float:
+        """Gain retention of `name` when the logits of `group`'s snapshots are composed: (L(θ₀) −
+        L(composed)) / (L(θ₀) − L(θ₀ + U)) on its items. Costs a pass for each adapter and one."""
+        own = self.snapshots[name]
+        self.spend(len(group) + 1)
+        updates = [self.snapshots[other].update.modules for other in group]
+        loss = score_composed(self.base, updates, how, own.batch).loss
+        base, alone = float(own.base_loss.mean()), float(own.own_loss.mean())
+        return (base - float(loss.mean())) / max(base - alone, 1e-9)
 
     def _help(self, name: str, other: str) -> float:
         """The share of `name`'s gain that `other`'s update alone brings, in [0, 1]."""

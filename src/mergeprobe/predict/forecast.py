@@ -49,6 +49,7 @@ class Forecaster:
     tables: dict[str, pl.DataFrame]
     missing: tuple[str, ...]
     floor: float = 0.9
+    together: tuple[tuple[str, ...], ...] = ()
     quadratic: surrogate.QuadraticModel | None = None
     lengths: np.ndarray | None = None
     model: ModelTier | None = None
@@ -159,10 +160,17 @@ class Forecaster:
         mine = [probe for probe in self.probes if probe.name in names]
         return max(update.r for probe in mine for update in probe.updates.values())
 
-    def plan(self, *, min_retention: float = 0.9, keep_ranks: bool = False, **options: Any) -> Plan:
+    def plan(
+        self,
+        *,
+        min_retention: float = 0.9,
+        keep_ranks: bool = False,
+        together: Sequence[Sequence[str]] = (),
+        **options: Any,
+    ) -> Plan:
         """The cheapest partition above the floor; see planner.make_plan. Its groups are cut to the
         ranks that do (trimming.trimmed), unless keep_ranks."""
-        self.floor = min_retention
+        self.floor, self.together = min_retention, tuple(map(tuple, together))
         names = [probe.name for probe in self.probes]
         for one, other in permutations(names, 2):  # pairs first: sets may use the budget up
             for method in METHODS:
@@ -172,6 +180,7 @@ class Forecaster:
             self.infos(),
             partial(candidates, self),
             min_retention=min_retention,
+            together=together,
             tier=self.tier,
             base=first.get("base") or "",
             base_fingerprint=self.fingerprint,
