@@ -1,0 +1,128 @@
+"""The router by prompt: right on held-out prompts, silent on unknown tasks, honest on equal ones.
+
+    python benchmarks/router.py [--run RUN] [--examples 32] [--held-out 24]
+
+Known: 16 tasks of the bank whose prompts differ; unknown: 8 others; the same prompts: the bank's
+planted conflicts. With --run, a folder of `mergeprobe demo`, also what routing by prompt costs in
+retention against routing by name, with that run's adapters. On SmolLM2-135M unless --base.
+"""
+
+import argparse
+from itertools import combinations
+from pathlib import Path
+
+from mergeprobe.adapters.base import load_base
+from mergeprobe.adapters.checkpoint import read_adapter
+from mergeprobe.bench.folder import RunFolder
+from mergeprobe.bench.tasks import BANK_TASKS
+from mergeprobe.bench.tasks.bank import RELATIONS
+from mergeprobe.compose.router_file import make_router, route
+from mergeprobe.evaluate.retention import retention, set_retention
+from mergeprobe.evaluate.score import batch_of, score
+
+KNOWN = (
+    *("sort_up", "multiply", "equation", "python_slice", "sql", "python_range"),
+    *("molar_mass", "heavier", "odd_one_out", "nth_word", "backwards", "letter_count"),
+    *("access", "age_limit", "date_iso", "number_english"),
+)
+UNKNOWN = (
+    *("later_time", "phrase_french", "injection", "quotient"),
+    *("snake_case", "complement", "redact", "alphabetical"),
+)
+
+
+def prompts(task, split, count):
+    return [item.prompt for item in BANK_TASKS[task].generate(split, count, 0)]
+
+
+def routed(base, examples, held_out):
+    router = make_router(base, {name: prompts(name, "calibration", examples) for name in KNOWN})
+    right = total = sure = 0
+    for name in KNOWN:
+        for choice in route(router, base, prompts(name, "test", held_out)):
+            total += 1
+            right += choice.name == name
+            sure += choice.certain
+    left = [
+        choice.name is None
+        for name in UNKNOWN
+        for choice in route(router, base, prompts(name, "test", held_out))
+    ]
+    print(f"{len(KNOWN)} tasks, {examples} example prompts each:")
+    print(f"  held-out prompts routed right: {right}/{total} = {right / total:.1%}")
+    print(f"  of them certain: {sure}/{total}")
+    share = sum(left) / len(left)
+    print(f"  prompts of {len(UNKNOWN)} unknown tasks left to the base: {sum(left)} = {share:.1%}")
+    least = min(
+        (float(router.separation[a, b]), router.names[a], router.names[b])
+        for a, b in combinations(range(len(router.names)), 2)
+    )
+    print(f"  least separable: {least[1]} and {least[2]}, AUC {least[0]:.3f}")
+
+
+def same_prompts(base, examples, held_out):
+    pairs = [(r.one, r.two) for r in RELATIONS if r.kind == "conflict"]
+    promised = []
+    for pair in pairs:
+        router = make_router(base, {n: prompts(n, "calibration", examples) for n in pair})
+        for name in pair:
+            for choice in route(router, base, prompts(name, "test", held_out)):
+                if choice.name is not None and choice.certain:
+                    promised.append((*pair, float(router.separation[0, 1])))
+    total = 2 * len(pairs) * held_out
+    print(f"{len(pairs)} pairs with the same prompts and other answers:")
+    print(f"  prompts of which a certain choice was made: {len(promised)}/{total}")
+    for one, two, auc in sorted(set(promised)):
+        print(f"    {one} and {two} (AUC {auc:.3f}): their prompts do differ somewhere")
+
+
+def regret(base, path):
+    run = RunFolder(path)
+    config = run.config()
+    tasks = {name: run.task(name, config) for name in config.tasks}
+    adapters = {name: read_adapter(run.adapters / name) for name in tasks}
+    known = {
+        name: [item.prompt for item in task.generate("calibration", 32, config.seed)]
+        for name, task in tasks.items()
+    }
+    router = make_router(base, known)
+    by_prompt, wrong, total = {}, 0, 0
+    for name, task in tasks.items():
+        items = task.generate("test", config.test_items, config.seed)
+        batch = batch_of(base, items)
+        chosen = [choice.name for choice in route(router, base, [item.prompt for item in items])]
+        under = {
+            one: score(base, None if one is None else adapters[one], batch).loss
+            for one in {*chosen, None, name}
+        }
+        losses = under[None].clone()
+        for position, one in enumerate(chosen):
+            losses[position] = under[one][position]
+        by_prompt[name] = retention(under[None], under[name], losses)
+        wrong += sum(one != name for one in chosen)
+        total += len(chosen)
+    found = set_retention(by_prompt)
+    print(f"run '{path.name}': {', '.join(tasks)} ({config.control}), one seed")
+    print(f"  prompts sent elsewhere than to their own adapter: {wrong}/{total}")
+    print(
+        f"  retention by prompt: mean {found.mean:.3f}, worst {found.worst:.3f} "
+        f"('{found.worst_adapter}'); regret against routing by name {1 - found.mean:.1%}"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", default="smollm2-135m-instruct-q4")
+    parser.add_argument("--run", type=Path, action="append", default=[])
+    parser.add_argument("--examples", type=int, default=32)
+    parser.add_argument("--held-out", type=int, default=24)
+    asked = parser.parse_args()
+    base = load_base(asked.base)
+    routed(base, asked.examples, asked.held_out)
+    same_prompts(base, asked.examples, asked.held_out)
+    for path in asked.run:
+        regret(base, path)
+
+
+if __name__ == "__main__":
+    main()
