@@ -66,9 +66,10 @@ def test_everything_is_there(finished):
 def test_outcomes_are_what_they_say(finished):
     folder, _ = finished
     rows = pl.read_parquet(folder.outcomes)
-    # base 3, single 3, deployed 3, three whole-set methods 9, truncated 3, and under mean and sum
-    # three pairs and one triple: 2 · (6 + 3); truncation to the full rank is a row of its own
-    assert len(rows) == 3 + 3 + 3 + 9 + 3 + 18
+    # base 3, single 3, deployed 3, by prompt and by mixed logits 6, three whole-set methods 9,
+    # truncated 3, and under mean and sum three pairs and one triple: 2 · (6 + 3); truncation to the
+    # full rank is a row of its own
+    assert len(rows) == 3 + 3 + 3 + 6 + 9 + 3 + 18
     assert rows.select("adapter", "set", "method", "rank").is_duplicated().sum() == 0
     alone = rows.filter((pl.col("set") == pl.col("adapter")) & (pl.col("rank").is_null()))
     singles = alone.filter(pl.col("method") == "mean")
@@ -87,6 +88,14 @@ def test_strategies_and_regret(finished):
     routing = found["full routing by name"]
     assert routing.total.worst == routing.total.mean == 1.0
     assert routing.resident_parameters == outcomes.full_parameters()
+    mixed, prompted = found["logits of all, mixed"], found["routing by prompt"]
+    assert (mixed.passes, prompted.passes, routing.passes) == (4, 1, 1)
+    assert mixed.resident_parameters == prompted.resident_parameters == outcomes.full_parameters()
+    for name, chosen in outcomes.routed().items():
+        assert len(chosen) == SMALL["test_items"]
+        assert set(chosen) <= {None, *SMALL["tasks"]}
+        if set(chosen) == {name}:  # every prompt found its own adapter, and lost nothing
+            assert prompted.retentions[name].gain == pytest.approx(1.0)
     assert found["mean"].resident_parameters * 3 == routing.resident_parameters
     assert len(outcomes.partitions()) == 5  # Bell(3)
     assert regret(outcomes).plan_parameters == found["plan"].resident_parameters

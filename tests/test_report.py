@@ -23,6 +23,7 @@ from mergeprobe.report.data import (
     PairValues,
     PartitionRow,
     ReportData,
+    RoutedRow,
     StrategyRow,
 )
 from mergeprobe.report.headline import outcome, sentence, verdicts
@@ -223,6 +224,23 @@ HOSTILE = "<script>alert(1)</script>\"'&|é–名"
 NAME = "<img src=x onerror=alert(1)>\"'&|é–名"  # what a folder can be called
 
 
+def test_where_prompts_go_and_what_a_token_costs():
+    routed = (
+        RoutedRow(task="math", sent={"math": 7}, base=1),
+        RoutedRow(task="code", sent={"math": 2, "code": 6}),
+    )
+    mixed = StrategyRow(name="logits of all, mixed", worst_retention=0.8, passes=6)
+    page = render(full_data(routed=routed, strategies=(mixed, StrategyRow(name="mean", passes=1))))
+    assert section_titles(page).index("At decode time") == 3
+    table = re.search(r'<table class="routed">.*?</table>', page, re.S)[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert rows == [["7", "–", "1"], ["2", "6", "–"]]
+    assert table.count("--share:0.875") == 1
+    assert "13 of 16 held-out prompts go to their own task's adapter." in words_of(page)
+    assert words_of(page).count("rows a token") == 1
+    assert "6 rows a token" in words_of(page)
+
+
 def test_every_string_is_escaped():
     row = AdapterRow(
         name=NAME,
@@ -268,6 +286,7 @@ def test_every_string_is_escaped():
         layers=(LayerRow(a=NAME, b="b", layer=0, value=1.0),),
         curves=(CurvePoint(adapter=NAME, step=1, loss=1.0),),
         partitions=(PartitionRow(label=HOSTILE, worst=0.5, resident_parameters=3, chosen=True),),
+        routed=(RoutedRow(task=NAME, sent={HOSTILE: 1}),),
     )
     page = render(data)
     assert "<script>alert" not in page

@@ -15,7 +15,15 @@ import polars as pl
 from mergeprobe.adapters.checkpoint import read_adapter
 from mergeprobe.artefact import write_parquet
 from mergeprobe.bench.folder import Config, RunFolder
-from mergeprobe.bench.measure import DEPLOYED, Measurement, pending, singles, subsets
+from mergeprobe.bench.measure import (
+    BY_PROMPT,
+    DEPLOYED,
+    LOGITS,
+    Measurement,
+    pending,
+    singles,
+    subsets,
+)
 from mergeprobe.bench.outcomes import outcome_rows, truncated
 from mergeprobe.bench.pool import Pool
 from mergeprobe.bench.start import alone, unpack
@@ -89,7 +97,7 @@ def _step(event: dict[str, Any], notify: Notify) -> None:
 def _measure(folder: RunFolder, config: Config, plan: Plan, pool: Pool, notify: Notify) -> None:
     wanted = [
         *singles(config),
-        Measurement(DEPLOYED, config.tasks),
+        *(Measurement(method, config.tasks) for method in (LOGITS, BY_PROMPT, DEPLOYED)),
         *(Measurement(method, config.tasks, config.rank) for method in WHOLE_SET_METHODS),
         *truncated(config, plan),
         *subsets(config, PARTITION_METHODS),

@@ -7,7 +7,7 @@ was and nothing is measured twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,26 @@ from mergeprobe.adapters.base import Base
 from mergeprobe.adapters.checkpoint import Adapter, read_adapter
 from mergeprobe.artefact import read_json, write_json
 from mergeprobe.bench.folder import Config
+from mergeprobe.capture.batch import ItemScores
 from mergeprobe.compose import merge, read_deployment
+from mergeprobe.compose.logits import Composition
+from mergeprobe.compose.router_file import make_router, route
 from mergeprobe.errors import DataError
 from mergeprobe.evaluate.data import Example
-from mergeprobe.evaluate.score import batch_of, score, score_deployed
+from mergeprobe.evaluate.score import (
+    batch_of,
+    score,
+    score_composed,
+    score_deployed,
+    score_each,
+)
 
 DEPLOYED = "deployed"
 BASE_MODEL = "base"
 JOINT = "joint"
 TRUNCATED = "truncated"
+BY_PROMPT = "by_prompt"
+LOGITS = "logits"
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,8 @@ class Measurement:
     method: a merge rule over `adapters` at `rank` (None: exact), `deployed` for what the plan's
     deployment serves, `base` for the base model, `joint` for one adapter of that name, trained on
     the data of all, or `truncated` for one adapter alone, cut to `rank`. A single adapter is its
-    own mean.
+    own mean. Decided at decode time: `by_prompt` for the adapter that a router picks for each
+    prompt (or the base), `logits` for a uniform mixture of all adapters' predictions.
     """
 
     method: str
@@ -51,12 +63,14 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Measured:
-    """losses, exact: task -> one value per test item. parameters: resident, for merges."""
+    """losses, exact: task -> one value per test item. parameters: resident, for merges. chosen:
+    task -> the adapter that a router picked for each item, None for the base."""
 
     losses: dict[str, torch.Tensor]
     exact: dict[str, torch.Tensor]
     parameters: int
     error: float
+    chosen: dict[str, list[str | None]] = field(default_factory=dict)
 
     def accuracy(self, task: str) -> float:
         return float(self.exact[task].double().mean())
@@ -83,7 +97,8 @@ class Bench:
     """The base model and a run's adapters and test items, loaded once.
 
     adapters: a folder of PEFT folders. items: adapter name -> its test items. measured: the folder
-    for results. deployment: what `deployed` means.
+    for results. deployment: what `deployed` means. examples: adapter name -> the items that a
+    router is made from.
     """
 
     def __init__(
@@ -94,8 +109,10 @@ class Bench:
         items: Callable[[str], Sequence[Example]],
         measured: Path,
         deployment: Path | None = None,
+        examples: Callable[[str], Sequence[Example]] | None = None,
     ) -> None:
         self.base, self.items, self.measured = base, items, measured
+        self.examples = examples
         self.adapters, self.deployment = adapters, deployment
         self._adapters: dict[str, Adapter] = {}
         self._batches: dict[str, Any] = {}
@@ -115,13 +132,18 @@ class Bench:
         target = result_path(self.measured, wanted)
         if target.exists():
             return
+        error, chosen = 0.0, {}
         if wanted.method == DEPLOYED:
             assert self.deployment is not None
             deployment = read_deployment(self.deployment)
             found = {
-                n: score_deployed(self.base, deployment, n, self.batch(n)) for n in wanted.adapters
+                name: score_deployed(self.base, deployment, name, self.batch(name))
+                for name in wanted.adapters
             }
-            error, parameters = 0.0, deployment.resident_parameters
+            parameters = deployment.resident_parameters
+        elif wanted.method in (BY_PROMPT, LOGITS):
+            parameters = sum(self.adapter(name).parameters for name in wanted.adapters)
+            found, chosen = self._decided(wanted)
         else:
             serving, error, parameters = self._serving(wanted)
             found = {n: score(self.base, serving[n], self.batch(n)) for n in wanted.adapters}
@@ -135,8 +157,28 @@ class Bench:
                 "exact": exact,
                 "parameters": parameters,
                 "error": error,
+                **({"chosen": chosen} if chosen else {}),
             },
         )
+
+    def _decided(
+        self, wanted: Measurement
+    ) -> tuple[dict[str, ItemScores], dict[str, list[str | None]]]:
+        """What is decided at decode time; with the router's choice for every item."""
+        names, adapters = wanted.adapters, {name: self.adapter(name) for name in wanted.adapters}
+        if wanted.method == LOGITS:
+            updates = [adapter.modules for adapter in adapters.values()]
+            how = Composition((1 / len(names),) * len(names), "mixture")
+            return {n: score_composed(self.base, updates, how, self.batch(n)) for n in names}, {}
+        assert self.examples is not None
+        prompts = {name: [item.prompt for item in self.examples(name)] for name in names}
+        router = make_router(self.base, prompts)
+        found, chosen = {}, {}
+        for name in names:
+            texts = [item.prompt for item in self.items(name)]
+            chosen[name] = [choice.name for choice in route(router, self.base, texts)]
+            found[name] = score_each(self.base, adapters, chosen[name], self.batch(name))
+        return found, chosen
 
     def _serving(self, wanted: Measurement) -> tuple[Mapping[str, Adapter | None], float, int]:
         if wanted.method == BASE_MODEL:
@@ -163,6 +205,7 @@ def read_measured(measured: Path, wanted: Measurement) -> Measured:
         exact={name: torch.tensor(v, dtype=torch.bool) for name, v in value["exact"].items()},
         parameters=value["parameters"],
         error=value["error"],
+        chosen=value.get("chosen", {}),
     )
 
 

@@ -9,23 +9,35 @@ from itertools import combinations
 from typing import Any
 
 from mergeprobe.bench.folder import Config, RunFolder
-from mergeprobe.bench.measure import BASE_MODEL, DEPLOYED, Measured, Measurement, read_measured
+from mergeprobe.bench.measure import (
+    BASE_MODEL,
+    BY_PROMPT,
+    DEPLOYED,
+    LOGITS,
+    Measured,
+    Measurement,
+    read_measured,
+    result_path,
+)
 from mergeprobe.evaluate.retention import Retention, SetRetention, retention, set_retention
-from mergeprobe.plan import Plan, read_plan
+from mergeprobe.plan import Action, Plan, read_plan
 
 ROUTING = "full routing by name"
 TRUNCATED = "routing, truncated to the plan's parameters"
 PLAN = "plan"
+ROUTER = "routing by prompt"
+MIXTURE = "logits of all, mixed"
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to deploy all adapters, measured."""
+    """One way to deploy all adapters, measured. passes: rows of a forward pass for one token."""
 
     name: str
     retentions: dict[str, Retention]
     total: SetRetention
     resident_parameters: int
+    passes: int = 1
 
 
 class Outcomes:
@@ -73,12 +85,34 @@ class Outcomes:
         found.append(self._strategy(TRUNCATED, cut))
         routed = {name: Measurement("mean", (name,)) for name in names}
         found.append(self._strategy(ROUTING, routed))
+        for label, method in ((ROUTER, BY_PROMPT), (MIXTURE, LOGITS)):
+            wanted = Measurement(method, names)
+            if result_path(self.folder.measured, wanted).exists():  # not in runs before 0.2
+                passes = 1 + len(names) if method == LOGITS else 1
+                found.append(self._strategy(label, dict.fromkeys(names, wanted), passes))
         return found
 
-    def _strategy(self, label: str, under: Mapping[str, Measurement]) -> Strategy:
+    def routed(self) -> dict[str, list[str | None]]:
+        """Task -> the adapter that a router picked for each test prompt, None for the base; {} in a
+        run that has not measured it."""
+        wanted = Measurement(BY_PROMPT, self.config.tasks)
+        if not result_path(self.folder.measured, wanted).exists():
+            return {}
+        return self.measured(wanted).chosen
+
+    def _strategy(
+        self, label: str, under: Mapping[str, Measurement], passes: int | None = None
+    ) -> Strategy:
         parts = {name: self.retention(name, wanted) for name, wanted in under.items()}
         resident = sum(self.measured(wanted).parameters for wanted in set(under.values()))
-        return Strategy(label, parts, set_retention(parts), resident)
+        if passes is None:
+            passes = self._passes() if label == PLAN else 1
+        return Strategy(label, parts, set_retention(parts), resident, passes)
+
+    def _passes(self) -> int:
+        """Rows of a forward pass for one token under the plan, at most."""
+        mixed = [len(g.adapters) for g in self.plan.groups if g.action is Action.logits]
+        return 1 + max(mixed, default=0)
 
     def partitions(self, half: int | None = None) -> list[Partition]:
         """Every partition, each group of two or more under its better measured method.

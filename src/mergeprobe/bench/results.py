@@ -22,6 +22,7 @@ from mergeprobe.report.data import (
     PairValues,
     PartitionRow,
     ReportData,
+    RoutedRow,
     StrategyRow,
 )
 from mergeprobe.report.page import write_report
@@ -89,6 +90,7 @@ def report_data(folder: RunFolder) -> ReportData:
         probe_steps={name: _probe_step(folder, name) for name in config.tasks},
         plan=plan,
         partitions=tuple(_partitions(outcomes)),
+        routed=tuple(_routed(outcomes)),
     )
 
 
@@ -129,8 +131,15 @@ def _strategies(outcomes: Outcomes) -> Iterator[StrategyRow]:
             worst_retention=found.total.worst,
             worst_se=found.total.worst_se,
             resident_parameters=found.resident_parameters,
+            passes=found.passes,
             chosen=found.name == PLAN,
         )
+
+
+def _routed(outcomes: Outcomes) -> Iterator[RoutedRow]:
+    for task, chosen in outcomes.routed().items():
+        sent = {name: chosen.count(name) for name in outcomes.config.tasks if name in chosen}
+        yield RoutedRow(task=task, sent=sent, base=chosen.count(None))
 
 
 def _pair_values(outcomes: Outcomes) -> Iterator[PairValues]:

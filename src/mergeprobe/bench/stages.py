@@ -28,6 +28,9 @@ class Stages:
             items=lambda name: self.folder.task(name, config).generate(
                 "test", config.test_items, config.seed
             ),
+            examples=lambda name: self.folder.task(name, config).generate(
+                "calibration", config.calibration_items, config.seed
+            ),
             measured=self.folder.measured,
             deployment=self.folder.deployment,
         )

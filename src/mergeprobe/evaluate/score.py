@@ -65,6 +65,23 @@ def _parts(scores: ItemScores) -> tuple[Tensor, Tensor]:
     return scores.loss, scores.exact
 
 
+def score_each(
+    base: Base,
+    adapters: Mapping[str, Adapter],
+    chosen: Sequence[str | None],
+    batch: Batch,
+) -> ItemScores:
+    """Loss and exact match of every item under the adapter chosen for it, None for the base."""
+    loss = torch.zeros(len(batch), dtype=torch.float64)
+    exact = torch.zeros(len(batch), dtype=torch.bool)
+    for name in dict.fromkeys(chosen):
+        mine = torch.tensor([one == name for one in chosen])
+        part = Batch(batch.ids[mine], batch.attention_mask[mine], batch.completion_mask[mine])
+        found = score(base, None if name is None else adapters[name], part)
+        loss[mine], exact[mine] = found.loss, found.exact
+    return ItemScores(loss, exact)
+
+
 def score_deployed(base: Base, deployment: Deployment, name: str, batch: Batch) -> ItemScores:
     """Loss and exact match of every item under what the deployment serves for adapter `name`."""
     group = deployment.composition_of(name)

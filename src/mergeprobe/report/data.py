@@ -52,7 +52,8 @@ class AdapterRow(_Frozen):
 
 
 class StrategyRow(_Frozen):
-    """One way to deploy all adapters: gain retention, mean and minimum over adapters."""
+    """One way to deploy all adapters: gain retention, mean and minimum over adapters. passes: rows
+    of a forward pass for one token, where logits are composed more than one."""
 
     name: str
     mean_retention: Number = None
@@ -62,6 +63,7 @@ class StrategyRow(_Frozen):
     resident_parameters: Count = None
     chosen: bool = False
     note: str = ""
+    passes: Count = None
 
 
 class PairValues(_Frozen):
@@ -108,6 +110,15 @@ class PartitionRow(_Frozen):
     chosen: bool = False
 
 
+class RoutedRow(_Frozen):
+    """Where a router sends the held-out prompts of one adapter's task: adapter -> how many; base:
+    those left to the base model."""
+
+    task: str
+    sent: dict[str, int] = Field(default_factory=dict)
+    base: int = 0
+
+
 class ReportData(_Frozen):
     """The page's content. strategies_caption says how many examples, seeds and which error."""
 
@@ -126,6 +137,7 @@ class ReportData(_Frozen):
     probe_steps: dict[str, int] = Field(default_factory=dict)
     plan: Plan | None = None
     partitions: tuple[PartitionRow, ...] = ()
+    routed: tuple[RoutedRow, ...] = ()
 
 
 def adapter_names(data: ReportData) -> list[str]:

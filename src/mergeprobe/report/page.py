@@ -20,6 +20,7 @@ from mergeprobe.report.tables import (
     calibration_warning,
     forecast_table,
     provenance,
+    routed,
     strategies,
     tasks,
 )
@@ -204,6 +205,14 @@ def _sections(data: ReportData, charts: dict) -> list[Section]:
             "The plan",
             "Which adapters share a deployment, and why.",
             plan_picture(data),
+        ),
+        Section(
+            "decode",
+            "At decode time",
+            "Which adapter a router picks for held-out prompts, from the base model's states "
+            "alone; what is far from every task goes to the base model. What that keeps, and what "
+            "composed logits keep, stands among the strategies.",
+            routed(data),
         ),
         Section(
             "pairs-section",

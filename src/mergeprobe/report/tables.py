@@ -5,6 +5,7 @@ from __future__ import annotations
 from mergeprobe.report.data import (
     AdapterRow,
     ReportData,
+    RoutedRow,
     StrategyRow,
     adapter_names,
     forecasts,
@@ -52,6 +53,39 @@ def strategies(data: ReportData) -> str:
     )
 
 
+def routed(data: ReportData) -> str:
+    """One row a task: where the router sends its held-out prompts."""
+    if not data.routed:
+        return ""
+    names = [name for name in adapter_names(data) if any(name in r.sent for r in data.routed)]
+    names = list(dict.fromkeys([*names, *(row.task for row in data.routed)]))
+    known = adapter_names(data)
+    head = "".join(f'<th scope="col" class="n">{text(name)}</th>' for name in names)
+    body = "".join(_routed(row, names, known) for row in data.routed)
+    total = sum(sum(row.sent.values()) + row.base for row in data.routed)
+    right = sum(row.sent.get(row.task, 0) for row in data.routed)
+    return (
+        '<div class="scroll"><table class="routed"><thead><tr><th scope="col">Prompts of</th>'
+        f'{head}<th scope="col" class="n">base model</th></tr></thead>'
+        f'<tbody>{body}</tbody></table></div><p class="caption">{right} of {total} held-out '
+        "prompts go to their own task's adapter.</p>"
+    )
+
+
+def _routed(row: RoutedRow, names: list[str], known: list[str]) -> str:
+    total = max(1, sum(row.sent.values()) + row.base)
+    index = known.index(row.task) if row.task in known else 0
+
+    def cell(count: int, own: bool) -> str:
+        shade = f"--share:{count / total:.3f}"
+        kind = "own" if own else "other"
+        return f'<td class="n share {kind}" style="{shade}">{count or DASH}</td>'
+
+    cells = "".join(cell(row.sent.get(name, 0), name == row.task) for name in names)
+    label = adapter_label(row.task, index)
+    return f'<tr><th scope="row">{label}</th>{cells}{cell(row.base, False)}</tr>'
+
+
 def _best(values: list[float | None]) -> float | None:
     known = [round(value, 2) for value in values if value is not None]
     return max(known) if len(known) > 1 else None
@@ -71,6 +105,8 @@ def _strategy(row: StrategyRow, best: dict[str, float | int | None], full: int |
     mine = "chosen" if row.chosen else ""
     note = f'<span class="note">{text(row.note)}</span>' if row.note else ""
     of_full = f'<span class="note">{percent(share)} of full routing</span>' if share else ""
+    if row.passes is not None and row.passes > 1:
+        of_full += f'<span class="note">{row.passes} rows a token</span>'
     return (
         f'<tr class="{mine}">'
         f'<th scope="row"><span class="strategy">{text(row.name)}{chosen}</span>{note}</th>'
