@@ -18,7 +18,7 @@ from mergeprobe.bench.tasks import BANK_TASKS
 from mergeprobe.bench.tasks.bank import RELATIONS
 from mergeprobe.compose.router_file import make_router, route
 from mergeprobe.evaluate.retention import retention, set_retention
-from mergeprobe.evaluate.score import batch_of, score
+from mergeprobe.evaluate.score import batch_of, score, score_each
 
 KNOWN = (
     *("sort_up", "multiply", "equation", "python_slice", "sql", "python_range"),
@@ -86,24 +86,25 @@ def regret(base, path):
         for name, task in tasks.items()
     }
     router = make_router(base, known)
+    promised = [name for name in tasks if not router.rivals(name)]
     by_prompt, wrong, total = {}, 0, 0
-    for name, task in tasks.items():
-        items = task.generate("test", config.test_items, config.seed)
+    for name in promised:
+        items = tasks[name].generate("test", config.test_items, config.seed)
         batch = batch_of(base, items)
         chosen = [choice.name for choice in route(router, base, [item.prompt for item in items])]
-        under = {
-            one: score(base, None if one is None else adapters[one], batch).loss
-            for one in {*chosen, None, name}
-        }
-        losses = under[None].clone()
-        for position, one in enumerate(chosen):
-            losses[position] = under[one][position]
-        by_prompt[name] = retention(under[None], under[name], losses)
+        losses = score_each(base, adapters, chosen, batch).loss
+        alone = [score(base, one, batch).loss for one in (None, adapters[name])]
+        by_prompt[name] = retention(*alone, losses)
         wrong += sum(one != name for one in chosen)
         total += len(chosen)
-    found = set_retention(by_prompt)
     print(f"run '{path.name}': {', '.join(tasks)} ({config.control}), one seed")
-    print(f"  prompts sent elsewhere than to their own adapter: {wrong}/{total}")
+    for name in tasks:
+        if rivals := router.rivals(name):
+            print(f"  '{name}' is not promised: its prompts look like those of {', '.join(rivals)}")
+    if not promised:
+        return
+    found = set_retention(by_prompt)
+    print(f"  of the others, prompts sent elsewhere than to their adapter: {wrong}/{total}")
     print(
         f"  retention by prompt: mean {found.mean:.3f}, worst {found.worst:.3f} "
         f"('{found.worst_adapter}'); regret against routing by name {1 - found.mean:.1%}"

@@ -91,7 +91,7 @@ def test_strategies_and_regret(finished):
     mixed, prompted = found["logits of all, mixed"], found["routing by prompt"]
     assert (mixed.passes, prompted.passes, routing.passes) == (4, 1, 1)
     assert mixed.resident_parameters == prompted.resident_parameters == outcomes.full_parameters()
-    for name, chosen in outcomes.routed().items():
+    for name, chosen in outcomes.routed().chosen.items():
         assert len(chosen) == SMALL["test_items"]
         assert set(chosen) <= {None, *SMALL["tasks"]}
         if set(chosen) == {name}:  # every prompt found its own adapter, and lost nothing

@@ -227,7 +227,7 @@ NAME = "<img src=x onerror=alert(1)>\"'&|é–名"  # what a folder can be calle
 def test_where_prompts_go_and_what_a_token_costs():
     routed = (
         RoutedRow(task="math", sent={"math": 7}, base=1),
-        RoutedRow(task="code", sent={"math": 2, "code": 6}),
+        RoutedRow(task="code", sent={"math": 2, "code": 6}, rivals=("math", "law")),
     )
     mixed = StrategyRow(name="logits of all, mixed", worst_retention=0.8, passes=6)
     page = render(full_data(routed=routed, strategies=(mixed, StrategyRow(name="mean", passes=1))))
@@ -237,6 +237,7 @@ def test_where_prompts_go_and_what_a_token_costs():
     assert rows == [["7", "–", "1"], ["2", "6", "–"]]
     assert table.count("--share:0.875") == 1
     assert "13 of 16 held-out prompts go to their own task's adapter." in words_of(page)
+    assert "Prompts of code look like those of math and law." in words_of(page)
     assert words_of(page).count("rows a token") == 1
     assert "6 rows a token" in words_of(page)
 

@@ -64,13 +64,15 @@ class Measurement:
 @dataclass(frozen=True)
 class Measured:
     """losses, exact: task -> one value per test item. parameters: resident, for merges. chosen:
-    task -> the adapter that a router picked for each item, None for the base."""
+    task -> the adapter that a router picked for each item, None for the base; rivals: task -> those
+    whose prompts look like its own."""
 
     losses: dict[str, torch.Tensor]
     exact: dict[str, torch.Tensor]
     parameters: int
     error: float
     chosen: dict[str, list[str | None]] = field(default_factory=dict)
+    rivals: dict[str, list[str]] = field(default_factory=dict)
 
     def accuracy(self, task: str) -> float:
         return float(self.exact[task].double().mean())
@@ -132,7 +134,7 @@ class Bench:
         target = result_path(self.measured, wanted)
         if target.exists():
             return
-        error, chosen = 0.0, {}
+        error, more = 0.0, dict[str, Any]()
         if wanted.method == DEPLOYED:
             assert self.deployment is not None
             deployment = read_deployment(self.deployment)
@@ -143,7 +145,7 @@ class Bench:
             parameters = deployment.resident_parameters
         elif wanted.method in (BY_PROMPT, LOGITS):
             parameters = sum(self.adapter(name).parameters for name in wanted.adapters)
-            found, chosen = self._decided(wanted)
+            found, more = self._decided(wanted)
         else:
             serving, error, parameters = self._serving(wanted)
             found = {n: score(self.base, serving[n], self.batch(n)) for n in wanted.adapters}
@@ -157,14 +159,12 @@ class Bench:
                 "exact": exact,
                 "parameters": parameters,
                 "error": error,
-                **({"chosen": chosen} if chosen else {}),
+                **more,
             },
         )
 
-    def _decided(
-        self, wanted: Measurement
-    ) -> tuple[dict[str, ItemScores], dict[str, list[str | None]]]:
-        """What is decided at decode time; with the router's choice for every item."""
+    def _decided(self, wanted: Measurement) -> tuple[dict[str, ItemScores], dict[str, Any]]:
+        """What is decided at decode time; with what the router chose and could not promise."""
         names, adapters = wanted.adapters, {name: self.adapter(name) for name in wanted.adapters}
         if wanted.method == LOGITS:
             updates = [adapter.modules for adapter in adapters.values()]
@@ -178,7 +178,8 @@ class Bench:
             texts = [item.prompt for item in self.items(name)]
             chosen[name] = [choice.name for choice in route(router, self.base, texts)]
             found[name] = score_each(self.base, adapters, chosen[name], self.batch(name))
-        return found, chosen
+        rivals = {name: router.rivals(name) for name in names}
+        return found, {"chosen": chosen, "rivals": rivals}
 
     def _serving(self, wanted: Measurement) -> tuple[Mapping[str, Adapter | None], float, int]:
         if wanted.method == BASE_MODEL:
@@ -206,6 +207,7 @@ def read_measured(measured: Path, wanted: Measurement) -> Measured:
         parameters=value["parameters"],
         error=value["error"],
         chosen=value.get("chosen", {}),
+        rivals=value.get("rivals", {}),
     )
 
 

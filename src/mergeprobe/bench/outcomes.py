@@ -92,13 +92,11 @@ class Outcomes:
                 found.append(self._strategy(label, dict.fromkeys(names, wanted), passes))
         return found
 
-    def routed(self) -> dict[str, list[str | None]]:
-        """Task -> the adapter that a router picked for each test prompt, None for the base; {} in a
-        run that has not measured it."""
+    def routed(self) -> Measured | None:
+        """What a router chose for each test prompt; None in a run that has not measured it."""
         wanted = Measurement(BY_PROMPT, self.config.tasks)
-        if not result_path(self.folder.measured, wanted).exists():
-            return {}
-        return self.measured(wanted).chosen
+        there = result_path(self.folder.measured, wanted).exists()
+        return self.measured(wanted) if there else None
 
     def _strategy(
         self, label: str, under: Mapping[str, Measurement], passes: int | None = None

@@ -137,9 +137,11 @@ def _strategies(outcomes: Outcomes) -> Iterator[StrategyRow]:
 
 
 def _routed(outcomes: Outcomes) -> Iterator[RoutedRow]:
-    for task, chosen in outcomes.routed().items():
+    found = outcomes.routed()
+    for task, chosen in found.chosen.items() if found else ():
         sent = {name: chosen.count(name) for name in outcomes.config.tasks if name in chosen}
-        yield RoutedRow(task=task, sent=sent, base=chosen.count(None))
+        rivals = tuple(found.rivals.get(task, ())) if found else ()
+        yield RoutedRow(task=task, sent=sent, base=chosen.count(None), rivals=rivals)
 
 
 def _pair_values(outcomes: Outcomes) -> Iterator[PairValues]:

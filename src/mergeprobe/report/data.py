@@ -112,11 +112,12 @@ class PartitionRow(_Frozen):
 
 class RoutedRow(_Frozen):
     """Where a router sends the held-out prompts of one adapter's task: adapter -> how many; base:
-    those left to the base model."""
+    those left to the base model; rivals: whose prompts look like this task's own."""
 
     task: str
     sent: dict[str, int] = Field(default_factory=dict)
     base: int = 0
+    rivals: tuple[str, ...] = ()
 
 
 class ReportData(_Frozen):

@@ -68,8 +68,17 @@ def routed(data: ReportData) -> str:
         '<div class="scroll"><table class="routed"><thead><tr><th scope="col">Prompts of</th>'
         f'{head}<th scope="col" class="n">base model</th></tr></thead>'
         f'<tbody>{body}</tbody></table></div><p class="caption">{right} of {total} held-out '
-        "prompts go to their own task's adapter.</p>"
+        f"prompts go to their own task's adapter.{_unpromised(data)}</p>"
     )
+
+
+def _unpromised(data: ReportData) -> str:
+    said = [
+        f" Prompts of {text(row.task)} look like those of {text(' and '.join(row.rivals))}."
+        for row in data.routed
+        if row.rivals
+    ]
+    return "".join(said) + (" There a router promises nothing: name the adapter." if said else "")
 
 
 def _routed(row: RoutedRow, names: list[str], known: list[str]) -> str:
