@@ -1,17 +1,21 @@
-"""Merge, compose logits, or route: retention and cost of each, on a demo run's adapters.
+"""Merge, compose logits, or route: retention and cost of each, on trained adapters.
 
-    python benchmarks/deployments.py RUN [--below 0.8] [--tokens 32] [--batch 8]
+    python benchmarks/deployments.py RUN ... [--below 0.8] [--most 3] [--tokens 32] [--batch 8]
 
-Pairs that the run's own forecast calls conflicting (best merge by mean or sum below --below), and
-if there are none the pair with the lowest forecast. For each: measured worst-case retention of
+RUN: the folder of a `mergeprobe demo`, or of a cohort in a bank's work folder. The pairs that are
+forecast to conflict most: the better of mean and sum below --below, by the run's own forecast, or
+the extrapolated early merge at 10 % of the cohort's training; at most --most of each, and where
+there is none the pair with the lowest forecast. For each: measured worst-case retention of
 every merge rule in --methods, of composed logits in every mode, and of routing by name; and in
 one run tokens per second, latency of one prompt and extra memory of each way to serve the pair.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 import torch
@@ -20,42 +24,82 @@ from mergeprobe.adapters.attach import attached
 from mergeprobe.adapters.base import load_base
 from mergeprobe.adapters.checkpoint import read_adapter
 from mergeprobe.adapters.rows import attached_rows
+from mergeprobe.artefact import read_json
+from mergeprobe.bench.bank.folder import CohortFolder, read_spec
 from mergeprobe.bench.folder import RunFolder
 from mergeprobe.compose import merge
 from mergeprobe.compose.logits import MODES, Composition, composed
+from mergeprobe.errors import DataError
 from mergeprobe.evaluate.retention import retention, set_retention
 from mergeprobe.evaluate.score import batch_of, score, score_composed
 
 METHODS = ("mean", "sum", "norm_preserving_mean", "ties", "dare_ties", "svc", "tsv_m", "iso_c")
 
 
-def conflicting(run, names, below):
-    """Pairs by the run's forecasts: the better of mean and sum, the worse of the two adapters."""
+class Opened(NamedTuple):
+    """A folder's adapters and tasks. forecast: (a, b) -> retention of the worse adapter under the
+    better of mean and sum."""
+
+    base: str
+    names: tuple[str, ...]
+    adapters: Path
+    items: Callable
+    forecast: dict
+
+
+def opened(path):
+    if (path / "cohort.json").exists():
+        return opened_cohort(path)
+    run = RunFolder(path)
+    config = run.config()
     rows = pl.read_parquet(run.forecasts).filter(pl.col("method").is_in(["mean", "sum"]))
-    forecast = {}
-    for a, b in combinations(names, 2):
-        pair = rows.filter(
-            ((pl.col("adapter") == a) & (pl.col("others") == b))
-            | ((pl.col("adapter") == b) & (pl.col("others") == a))
-        )
-        worst = pair.group_by("method").agg(pl.col("retention").min())
-        forecast[a, b] = float(worst["retention"].max())
-    found = [pair for pair, value in forecast.items() if value < below]
-    return {pair: forecast[pair] for pair in found or [min(forecast, key=forecast.get)]}
+    table = {(r["adapter"], r["others"], r["method"]): r["retention"] for r in rows.to_dicts()}
+
+    def items(name):
+        return run.task(name, config).generate("test", config.test_items, config.seed)
+
+    return Opened(config.base, config.tasks, run.adapters, items, best_merge(table, config.tasks))
+
+
+def opened_cohort(path):
+    folder = CohortFolder(path.parent, read_spec(path / "cohort.json")[0])
+    table = {}
+    for a, b in combinations(folder.spec.names, 2):
+        for row in pair_rows(folder, a, b):
+            for method in ("mean", "sum"):
+                table[row["i"], row["j"], method] = min(1.2, max(-1.0, row[method]))
+    spec = folder.spec
+    return Opened(
+        spec.base, spec.names, folder.adapters, folder.test_items, best_merge(table, spec.names)
+    )
+
+
+def pair_rows(folder, a, b):
+    """The extrapolated early merge of both at 10 %, from what the cohort measured."""
+    for i, j in ((a, b), (b, a)):
+        row = read_json(folder.early(i, 0.1), DataError)["pairs"][j]
+        yield {"i": i, "j": j, **{m: row[f"extrapolated_{m}"] for m in ("mean", "sum")}}
+
+
+def best_merge(table, names):
+    return {
+        (a, b): max(min(table[a, b, m], table[b, a, m]) for m in ("mean", "sum"))
+        for a, b in combinations(names, 2)
+    }
+
+
+def conflicting(forecast, below, most):
+    found = sorted((pair for pair, value in forecast.items() if value < below), key=forecast.get)
+    return found[:most] or [min(forecast, key=forecast.get)]
 
 
 class Pair:
     """One pair's adapters and test items, and what the base and each adapter alone lose on them."""
 
-    def __init__(self, base, run, config, names):
+    def __init__(self, base, run, names):
         self.base, self.names = base, names
         self.adapters = [read_adapter(run.adapters / name) for name in names]
-        self.batches = {
-            name: batch_of(
-                base, run.task(name, config).generate("test", config.test_items, config.seed)
-            )
-            for name in names
-        }
+        self.batches = {name: batch_of(base, run.items(name)) for name in names}
         self.zero = {name: score(base, None, batch).loss for name, batch in self.batches.items()}
         self.own = {
             name: score(base, adapter, self.batches[name]).loss
@@ -165,6 +209,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, nargs="+")
     parser.add_argument("--below", type=float, default=0.8)
+    parser.add_argument("--most", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
@@ -172,12 +217,11 @@ def main():
     asked = parser.parse_args()
     base, timed = None, False
     for path in asked.run:
-        run = RunFolder(path)
-        config = run.config()
-        base = base or load_base(config.base)
-        for names, forecast in conflicting(run, config.tasks, asked.below).items():
-            pair = Pair(base, run, config, names)
-            print(f"{path.name}: {' and '.join(names)}, forecast {forecast:.2f} at best")
+        run = opened(path)
+        base = base or load_base(run.base)
+        for names in conflicting(run.forecast, asked.below, asked.most):
+            pair = Pair(base, run, names)
+            print(f"{path.name}: {' and '.join(names)}, forecast {run.forecast[names]:.2f} at best")
             rows = {f"merge: {method}": pair.merged(method) for method in asked.methods}
             best = max(rows, key=lambda way: rows[way][1])
             rows |= {f"logits: {mode}": pair.mixed(mode) for mode in MODES}
