@@ -44,6 +44,10 @@ class DeploymentError(MergeProbeError):
     """A deployment folder that is damaged, or asked for an adapter it does not serve."""
 
 
+class ExportError(MergeProbeError):
+    """What a server or tool does not take, or cannot say, of a deployment."""
+
+
 class OutputExists(MergeProbeError):
     """An output that is already there; `--force` (or `force=True`) replaces it."""
 

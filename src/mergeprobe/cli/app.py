@@ -10,6 +10,7 @@ from mergeprobe.cli.bench import RUN, run
 from mergeprobe.cli.carry_out import APPLY, apply
 from mergeprobe.cli.decide import FORECAST, PLAN, forecast, plan
 from mergeprobe.cli.demo import DEMO, demo
+from mergeprobe.cli.export import EXPORT, export
 from mergeprobe.cli.judge import DOCTOR, EVALUATE, REPORT, doctor, evaluate, report
 from mergeprobe.cli.learn import FIT, TABLES, bench_report, fit
 from mergeprobe.cli.measure import PROBE, probe
@@ -29,6 +30,7 @@ VERBS = {
     "apply": (apply, APPLY),
     "merge": (merge, MERGE),
     "route": (route, ROUTE),
+    "export": (export, EXPORT),
     "evaluate": (evaluate, EVALUATE),
     "report": (report, REPORT),
     "doctor": (doctor, DOCTOR),
