@@ -17,6 +17,7 @@ from mergeprobe.cli.measure import PROBE, probe
 from mergeprobe.cli.merging import MERGE, merge
 from mergeprobe.cli.options import examples, flowing
 from mergeprobe.cli.routing import ROUTE, route
+from mergeprobe.cli.serve import SERVE, serve
 from mergeprobe.cli.signals import SIGNALS, signals
 from mergeprobe.version import __version__
 
@@ -31,6 +32,7 @@ VERBS = {
     "merge": (merge, MERGE),
     "route": (route, ROUTE),
     "export": (export, EXPORT),
+    "serve": (serve, SERVE),
     "evaluate": (evaluate, EVALUATE),
     "report": (report, REPORT),
     "doctor": (doctor, DOCTOR),
