@@ -177,16 +177,11 @@ def time_parts(model: Any, tokenizer: Any, calibration: Any, folder: Path) -> di
     from mergeprobe.adapters.base import fingerprint
     from mergeprobe.capture.drift import measure_drift
     from mergeprobe.capture.measure import take_probe
-    from mergeprobe.capture.model import (
-        adapted_modules,
-        as_base,
-        current_update,
-        measuring,
-        weight_norms,
-    )
+    from mergeprobe.capture.model import as_base, measuring
     from mergeprobe.capture.probe import write_probe
     from mergeprobe.capture.recorder import record
     from mergeprobe.capture.sketch import sketch_update
+    from mergeprobe.capture.trained import adapted_modules, current_update, weight_norms
 
     modules, named = adapted_modules(model), fingerprint(model)
     kept: dict[str, Any] = {}

@@ -94,6 +94,7 @@ def tiny_probe(
         init_hash=f"init-{seed % 2}",
         seed=seed,
         layers=layers,
+        open_positions=[1, 4],
     )
     return Probe(
         name=snapshot.name,

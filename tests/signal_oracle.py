@@ -279,6 +279,10 @@ ADAPTERS = {
     "entropy_change": lambda p, ms: (
         mean_entropy(distribution(p)) - mean_entropy(distribution(p, base=True))
     ),
+    "entropy_change_open": lambda p, ms: (
+        mean_entropy(distribution(p)[p.meta["open_positions"]])
+        - mean_entropy(distribution(p, base=True)[p.meta["open_positions"]])
+    ),
 }
 
 

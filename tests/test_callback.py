@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from mergeprobe import MergeProbeCallback, read_probe
-from mergeprobe.capture.model import current_update
+from mergeprobe.capture.trained import current_update
 from mergeprobe.errors import ProbeError
 from tests.tiny_base import tiny_model, tiny_tokenizer
 
@@ -24,7 +24,7 @@ ROWS = [
 def sft(tmp_path, callbacks, *, steps=10, dropout=0.0, folder="out", **options):
     torch.manual_seed(1)
     config = LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=6, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = get_peft_model(tiny_model(), config)
     arguments = {
@@ -283,14 +283,15 @@ def test_an_exception_in_training_leaves_no_half_file(tmp_path):
 
 
 def test_a_variant_that_cannot_be_probed_is_refused_before_training(tmp_path):
-    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], use_dora=True))
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa")
+    model = get_peft_model(tiny_model(), config)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True
     )
     data = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 4
     callback = MergeProbeCallback(tmp_path / "x.safetensors")
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[callback])
-    with pytest.raises(ProbeError, match="DoRA"):
+    with pytest.raises(ProbeError, match="pissa"):
         trainer.train()
     with pytest.raises(ProbeError, match="fraction"):
         MergeProbeCallback("x", fraction=1.5)

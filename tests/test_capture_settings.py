@@ -10,8 +10,8 @@ from trl import SFTConfig, SFTTrainer
 
 from mergeprobe import MergeProbeCallback, read_probe
 from mergeprobe.capture.batch import Batch
-from mergeprobe.capture.model import adapted_modules
 from mergeprobe.capture.sketch import projection
+from mergeprobe.capture.trained import adapted_modules
 from tests.tiny_base import tiny_model, tiny_tokenizer
 
 ROWS = [
@@ -57,7 +57,7 @@ SETTINGS = {
 def lora(dropout=0.1):
     torch.manual_seed(1)
     config = LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=6, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     return get_peft_model(tiny_model(), config)
 

@@ -1,18 +1,28 @@
 """The forecast inside a training run: logged, printed, able to stop it, and changing nothing."""
 
+import math
+import shutil
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from synthetic_bank import bank
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mergeprobe import MergeProbeCallback, MergeProbeError, ProbeRecorder, forecast, read_probe
 from mergeprobe.adapters.base import Base, fingerprint
-from mergeprobe.errors import AdapterMismatch, ProbeError
+from mergeprobe.capture import write_probe
+from mergeprobe.errors import AdapterMismatch, NotForecastable, ProbeError
 from mergeprobe.live import forecast_run
 from mergeprobe.plan import Action
 from mergeprobe.predict.early import open_tier
+from mergeprobe.predict.learning import learning_rows
+from mergeprobe.predict.menus import CANDIDATES
+from mergeprobe.predict.predictor import fit_predictor, load_predictor
+from mergeprobe.predict.tier import Guess
 from tests.test_capture_settings import (
     COMMON,
     ROWS,
@@ -197,8 +207,6 @@ def test_what_cannot_be_forecast_is_said_and_training_goes_on(tmp_path, others):
 
 
 def test_other_bases_are_refused(others):
-    from dataclasses import replace
-
     near = read_probe(others / "near.safetensors")
     other = replace(near, name="other", meta=near.meta | {"base_fingerprint": "0" * 16})
     with pytest.raises(AdapterMismatch):
@@ -234,3 +242,139 @@ def test_without_against_nothing_is_logged(tmp_path):
         warnings.simplefilter("error", UserWarning)
         sft(tmp_path / "a", [board, MergeProbeCallback(tmp_path / "x.safetensors", at_step=3)])
     assert not any("mergeprobe" in key for _, logs in board.logged for key in logs)
+
+
+# --- who is left out, and who is asked ------------------------------------------------------------
+def fewer_gains(folder, others, name="idle"):
+    """A run that gained nothing: its losses under base and snapshot are the same."""
+    near = read_probe(others / "near.safetensors")
+    kept = near.calibration
+    idle = replace(
+        near,
+        name=name,
+        gradient={m: -g for m, g in near.gradient.items()},  # its way led uphill
+        calibration=replace(kept, loss=kept.base_loss + 0.5),
+    )
+    write_probe(idle, folder / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize("budget", [0, 200])
+def test_an_other_that_gained_nothing_is_left_out_by_name(budget, tmp_path, others, capsys):
+    folder = tmp_path / "others"
+    shutil.copytree(others, folder)
+    fewer_gains(folder, others)
+    (folder / "broken.safetensors").write_bytes(b"no probe")
+    near = read_probe(others / "near.safetensors")
+    strange = replace(near, name="strange", meta=near.meta | {"base_fingerprint": "0" * 16})
+    write_probe(strange, folder / "strange.safetensors")
+    board = Board()
+    callback = live(tmp_path, folder, budget=budget, stop_below=-9.0, strict=True)
+    _, trainer = sft(tmp_path / "a", [board, callback])
+    assert trainer.state.global_step == 4, "what is left out has no say in stopping"
+    assert {pair.other for pair in callback.forecast.pairs} == {"near", "far"}
+    left_out = callback.forecast.left_out
+    assert left_out.keys() == {"broken", "strange", "idle"}
+    assert "gains nothing" in left_out["idle"]
+    assert "0000000000000000" in left_out["strange"]
+    said = capsys.readouterr().out
+    assert all(f"Left out: '{name}' (" in said for name in left_out)
+    logs = next(logs for _, logs in board.logged if "mergeprobe/worst" in logs)
+    assert sorted(key for key in logs if "/forecast/" in key) == [
+        "mergeprobe/forecast/far",
+        "mergeprobe/forecast/near",
+    ]
+    if not budget:  # and nothing else is different
+        assert logs["mergeprobe/worst"] == min(offline(tmp_path, others)[0].values())
+
+
+def test_where_nobody_is_left_the_reason_is_given(tmp_path, others):
+    fewer_gains(tmp_path, others)
+    mine = read_probe(others / "far.safetensors")
+    with pytest.raises(NotForecastable, match="'idle' gains nothing"):
+        forecast_run(mine, [read_probe(tmp_path / "idle.safetensors")])
+    with pytest.warns(UserWarning, match=r"no forecast at step 3, training goes on: .*'idle'"):
+        sft(tmp_path / "a", [live(tmp_path, tmp_path / "idle.safetensors")])
+
+
+def test_stop_below_is_strict(tmp_path, others):
+    """At the threshold itself a run goes on; a hair above it, it stops."""
+    found = live(tmp_path, others)
+    sft(tmp_path / "a", [found])
+    worst = found.forecast.worst
+    for threshold, steps in ((worst, 4), (worst + 1e-6, 3)):
+        callback = live(tmp_path, others, stop_below=threshold)
+        _, trainer = sft(tmp_path / "b", [callback])
+        assert trainer.state.global_step == steps
+        assert callback.forecast.worst == worst
+
+
+def test_two_probe_points_may_each_stop_the_run(tmp_path, others, capsys):
+    path = tmp_path / "{point}" / "mine.safetensors"
+    callback = MergeProbeCallback(path, at_step=(2, 3), against=others, stop_below=9.0)
+    with pytest.warns(UserWarning, match="before the probe point 3"):
+        _, trainer = sft(tmp_path / "a", [callback])
+    assert trainer.state.global_step == 2
+    assert capsys.readouterr().out.count("training stops here") == 1
+
+
+@pytest.fixture(scope="module")
+def small_predictor(tmp_path_factory, others):
+    """Fitted on rows around those of these very runs, so that none of them lies far away: retention
+    falls by a fixed amount with the Frobenius cosine, and is low throughout."""
+    folder = tmp_path_factory.mktemp("predictor")
+    sft(folder / "a", [MergeProbeCallback(folder / "mine.safetensors", at_step=3)])
+    probes = [read_probe(folder / "mine.safetensors")]
+    probes += [read_probe(others / f"{name}.safetensors") for name in ("far", "near")]
+    seen = Seen()
+    forecast(probes, predictor=seen).plan(min_retention=0.9)
+    rows = learning_rows(**bank(cohorts=6, families=12, seed=1).tables())
+    draw = np.random.default_rng(0)
+    values = np.stack([seen.rows[k % len(seen.rows)] for k in range(len(rows))])
+    values = values + 0.05 * draw.normal(size=values.shape)
+    target = 0.25 + 0.02 * draw.normal(size=len(rows))
+    rows = replace(rows, values=values, target=target)
+    few = {"ridge, few": CANDIDATES["ridge, few"]}
+    fit_predictor(rows, tiers=("file",), candidates=few).save(folder / "predictor")
+    return folder / "predictor"
+
+
+class Seen:
+    """Keeps the rows that it is asked about, and speaks of none."""
+
+    def __init__(self):
+        self.rows = []
+
+    def predict(self, values):
+        self.rows.append(values[0])
+        return Guess(*(np.array([v]) for v in (math.nan, math.nan, math.nan, math.nan, 2.0)))
+
+
+def test_a_fitted_predictor_is_asked(tmp_path, others, small_predictor, capsys):
+    board = Board()
+    callback = live(tmp_path, others, predictor=small_predictor, stop_below=0.1)
+    _, trainer = sft(tmp_path / "a", [board, callback])
+    mine = read_probe(tmp_path / "mine.safetensors")
+    theirs = [read_probe(others / f"{name}.safetensors") for name in ("far", "near")]
+    asked = forecast([mine, *theirs], predictor=load_predictor(small_predictor))
+    assert callback.forecast.calibrated
+    assert len(callback.forecast.pairs) == 2
+    for pair in callback.forecast.pairs:
+        group = ("mine", pair.other)
+        both = [asked.forecast(name, group, pair.method) for name in group]
+        assert [pair.own, pair.theirs] == both
+        assert pair.worst == pytest.approx(0.25, abs=0.1), "what it was taught"
+        plain = forecast([mine, *theirs]).forecast("mine", group, pair.method)
+        assert plain.retention != pytest.approx(pair.own.retention, abs=0.02)
+    assert asked.calibrated
+    assert "calibrated" in capsys.readouterr().out
+    assert trainer.state.global_step == 4
+    callback = live(tmp_path, others, predictor=small_predictor, stop_below=0.6)
+    _, trainer = sft(tmp_path / "b", [callback])
+    assert trainer.state.global_step == 3, "its forecast is what stops the run"
+
+
+def test_a_damaged_predictor_warns_and_training_goes_on(tmp_path, others):
+    (tmp_path / "predictor").mkdir()
+    with pytest.warns(UserWarning, match=r"no forecast at step 3.*card.json"):
+        _, trainer = sft(tmp_path / "a", [live(tmp_path, others, predictor=tmp_path / "predictor")])
+    assert trainer.state.global_step == 4

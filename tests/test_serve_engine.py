@@ -209,7 +209,7 @@ def test_loading_and_unloading_while_it_runs(base, deployment, tmp_path, alone):
     with running(engine):
         before = Answer(engine, asked(engine, PROMPTS[0], "math", max_tokens=90))
         before.next()
-        engine.catalogue.load("late", "spare")
+        engine.load("late", engine.catalogue.inside("spare"))
         late = Answer(engine, asked(engine, PROMPTS[0], "late"))
         first = late.tokens
         engine.unload("late")
@@ -218,7 +218,7 @@ def test_loading_and_unloading_while_it_runs(base, deployment, tmp_path, alone):
         (folder / WEIGHTS).unlink()
         spare(base, tmp_path / "other", seed=11)
         (tmp_path / "other" / "spare").rename(tmp_path / "root" / "new")
-        engine.catalogue.load("late", str(tmp_path / "root" / "new"))
+        engine.load("late", engine.catalogue.inside(str(tmp_path / "root" / "new")))
         assert Answer(engine, asked(engine, PROMPTS[0], "late")).tokens != first
         assert before.tokens == alone(PROMPTS[0], "math", 90)
         assert [s.name for s in engine.resident.held] == ["math", "late"]
@@ -227,12 +227,15 @@ def test_loading_and_unloading_while_it_runs(base, deployment, tmp_path, alone):
 @pytest.mark.parametrize(
     ("name", "path", "problem"),
     [
-        ("x", "../deployment/math", "lies outside"),
-        ("x", "/etc", "lies outside"),
-        ("x", ".", "lies outside"),
-        ("x", "link", "lies outside"),
-        ("x", "spare\n", "characters that no folder name should"),
-        ("x", "missing", "is not a folder"),
+        ("x", "../deployment/math", "no folder"),
+        ("x", "/etc", "no folder"),
+        ("x", ".", "no folder"),
+        ("x", "link", "no folder"),
+        ("x", "spare\n", "no folder"),
+        ("x", "missing", "no folder"),
+        ("x", "x" * 900, "no folder"),
+        ("x", "a\0b", "no folder"),
+        ("x", "bare", "does not exist"),
         ("../x", "spare", "cannot name a group or adapter"),
         ("math", "spare", "is served already"),
         ("base", "spare", "is served already"),
@@ -244,10 +247,11 @@ def test_loads_that_are_refused(base, deployment, tmp_path, name, path, problem)
     spare(base, tmp_path)
     (tmp_path / "link").symlink_to(deployment.path / "math")
     other = served_base(seed=1)
-    (spare(other, tmp_path, name="foreign"))
+    spare(other, tmp_path, name="foreign")
+    (tmp_path / "bare").mkdir()
     catalogue = catalogue_of(base, deployment, root=tmp_path)
     with pytest.raises((DeploymentError, AdapterError, AdapterMismatch), match=problem):
-        catalogue.load(name, path)
+        catalogue.load(name, catalogue.inside(path))
     assert "x" not in catalogue.targets
 
 

@@ -63,6 +63,8 @@ def _adding(
 
 
 def _placed(module: nn.Module, name: str, update: LowRank) -> LowRank:
+    # a PEFT layer, its adapter off, stands for the base's module inside
+    module = getattr(module, "base_layer", getattr(module, "original_module", module))
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         shape = (module.out_features, module.in_features)
     elif hasattr(module, "nf") and hasattr(module, "nx"):  # Conv1D stores its weight transposed

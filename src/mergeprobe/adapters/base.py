@@ -159,10 +159,19 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def base_weights(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The frozen weights by their names in the base model, adapters left out."""
+    """The frozen weights by their names in the base model, adapters of any PEFT type left out."""
+    # a PEFT layer keeps the base's module as base_layer or original_module, its own beside it
+    kept = ("base_layer", "original_module")
+    added = {
+        f"{name}.{inside}"
+        for name, module in model.named_modules()
+        if any(held in module._modules for held in kept)
+        for inside, _ in module.named_parameters()
+        if inside.partition(".")[0] not in kept
+    }
     weights = []
     for name, weight in model.named_parameters():
-        if ".lora_" in name or ".modules_to_save." in name:
+        if name in added:
             continue
         plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         weights.append((plain.removeprefix("base_model.model."), weight))

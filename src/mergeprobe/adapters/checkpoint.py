@@ -124,9 +124,13 @@ def contents_of(
     base: BaseWeights | None,
     *,
     rank: int | None = None,
+    dense_rank: int | None = None,
     extras: bool = False,
 ) -> Contents:
-    """Updates and extras from a PEFT state dict and its config; `folder` is for messages."""
+    """Updates and extras from a PEFT state dict and its config; `folder` is for messages.
+
+    rank: every update is cut to it. dense_rank: only those that have no low rank.
+    """
     refuse_unreadable(config, folder, extras=extras or base is not None)
     row = PEFT_TYPES[kind_of(config)]
     if row.base and base is None:
@@ -140,7 +144,7 @@ def contents_of(
             f"'{folder / WEIGHTS}' holds '{next(iter(rest))}', which is no LoRA factor "
             f"(trained embeddings, biases and saved modules are refused; {ASK})"
         )
-    contents = Contents(rank, extras=trained_extras(rest, config, folder, base))
+    contents = Contents(rank, dense_rank, extras=trained_extras(rest, config, folder, base))
     contents.widened = bool(contents.extras)
     if base is not None:
         for module, update in saved_linears(contents.extras, groups, base, folder):

@@ -1,7 +1,8 @@
 """Doctor: what is wrong with these adapter folders, and which of them can be merged.
 
-Reads weights and configs only: no base model, no data. One folder that cannot be read never
-hides the others. Whether a merge that is possible is also *good* is a forecast, not asked here.
+Reads weights and configs only, and the base model where an update depends on it; no data. One
+folder that cannot be read never hides the others. Whether a merge that is possible is also *good*
+is a forecast, not asked here.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from mergeprobe.adapters.checkpoint import (
     read_adapter,
 )
 from mergeprobe.adapters.inits import Init, init_of, input_overlaps
+from mergeprobe.adapters.weights import BaseWeights
 from mergeprobe.artefact import read_json
-from mergeprobe.errors import AdapterError, AdapterMismatch
+from mergeprobe.errors import AdapterError, AdapterMismatch, BaseModelError
 
 TRAITS = {
     "use_dora": "DoRA",
@@ -119,13 +121,16 @@ class Examination:
     verdicts: list[str]
 
 
-def examine(paths: Sequence[str | Path]) -> Examination:
-    """Inspects adapter folders, one by one and against each other; never raises for a bad one."""
+def examine(paths: Sequence[str | Path], base: BaseWeights | None = None) -> Examination:
+    """Inspects adapter folders, one by one and against each other; never raises for a bad one.
+
+    base: for adapters whose update depends on the base model; without it they say so.
+    """
     findings, adapters = [], []
     names = [Path(path).resolve().name for path in paths]
     for path, name in zip(paths, names, strict=True):
         # two folders of one name are told apart by their paths
-        finding, adapter = inspect(path, str(path) if names.count(name) > 1 else name)
+        finding, adapter = inspect(path, str(path) if names.count(name) > 1 else name, base)
         findings.append(finding)
         if adapter is not None and finding.mergeable:
             adapters.append(adapter)
@@ -138,13 +143,15 @@ def examine(paths: Sequence[str | Path]) -> Examination:
     return Examination(findings, pairs, groups, verdicts(findings, pairs, groups))
 
 
-def inspect(path: str | Path, name: str | None = None) -> tuple[Finding, Adapter | None]:
+def inspect(
+    path: str | Path, name: str | None = None, base: BaseWeights | None = None
+) -> tuple[Finding, Adapter | None]:
     """One folder: what it holds and what is wrong with it; None where it cannot be read."""
     folder = Path(path)
     name = name or folder.resolve().name
     try:
-        adapter = read_adapter(folder, name=name, strict=False)
-    except AdapterError as problem:
+        adapter = read_adapter(folder, base, name=name, strict=False)
+    except (AdapterError, AdapterMismatch, BaseModelError) as problem:
         return Finding(name, str(folder), False, str(problem), _variant_on_disk(folder)), None
     faults = [fault for module in adapter.modules for fault in _faults(adapter, module)]
     zeros = sum(fault.kind == "zero" for fault in faults)

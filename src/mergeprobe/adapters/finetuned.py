@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -36,30 +37,31 @@ def finetuned_contents(folder: Path, base: BaseWeights | None, rank: int | None)
             "base with --base (base=... in Python)"
         )
     contents = Contents(rank)
+    for name, trained, before in changed_parameters(folder, base):
+        module, _, last = name.rpartition(".")
+        if last == "weight" and base.is_linear(module):
+            change = trained.double() - before.double()
+            contents.add(module, change if base.is_upright(module) else change.T)
+        else:
+            contents.extras[name] = trained
+    return contents
+
+
+def changed_parameters(folder: Path, base: BaseWeights) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, trained, the base's) of every parameter that is not the same in both, on the CPU."""
     for file in sorted(folder.glob("model*.safetensors")):
         try:
             with safe_open(str(file), framework="pt") as opened:
                 for name in opened.keys():
-                    _compare(name, opened.get_tensor(name), base, folder, contents)
+                    trained = opened.get_tensor(name)
+                    before = base.parameter(name).cpu()
+                    if before.shape != trained.shape or not trained.is_floating_point():
+                        raise AdapterError(
+                            f"'{folder}': '{name}' is {trained.dtype} {tuple(trained.shape)}, the "
+                            f"base's is {tuple(before.shape)}: it was trained on another base, or "
+                            "is packed"
+                        )
+                    if bool((trained.double() != before.double()).any()):
+                        yield name, trained, before
         except (SafetensorError, OSError, ValueError, RuntimeError) as problem:
             raise AdapterError(f"'{file}' is truncated or damaged: {problem}") from None
-    return contents
-
-
-def _compare(
-    name: str, trained: Tensor, base: BaseWeights, folder: Path, contents: Contents
-) -> None:
-    before = base.parameter(name).cpu()
-    if before.shape != trained.shape or not trained.is_floating_point():
-        raise AdapterError(
-            f"'{folder}': '{name}' is {trained.dtype} {tuple(trained.shape)}, the base's is "
-            f"{tuple(before.shape)}: it was trained on another base, or is packed"
-        )
-    change = trained.double() - before.double()
-    if not bool(change.any()):
-        return
-    module, _, last = name.rpartition(".")
-    if last == "weight" and base.is_linear(module):
-        contents.add(module, change if base.is_upright(module) else change.T)
-    else:
-        contents.extras[name] = trained

@@ -75,10 +75,12 @@ class Contents:
     """What a reader has found so far. A full-rank update is a whole weight, so each becomes factors
     (cut to `rank`, where one was asked for) as soon as it is there.
 
-    widened: some of it came from beside the updates, so the config's placement does not hold.
+    dense_rank: the same for updates without a low rank only. widened: some of it came from beside
+    the updates, so the config's placement does not hold.
     """
 
     rank: int | None = None
+    dense_rank: int | None = None
     modules: dict[str, LowRank] = field(default_factory=dict)
     truncation: dict[str, float] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
@@ -91,10 +93,12 @@ class Contents:
             if self.rank is not None and update.r > self.rank:
                 update, self.truncation[module] = truncate(update, self.rank)
             self.modules[module] = update
-        elif self.rank is None or self.rank >= min(update.shape):
+            return
+        rank = self.dense_rank if self.rank is None else self.rank
+        if rank is None or rank >= min(update.shape):
             self.modules[module] = full_rank(update)
         else:
-            cut, self.truncation[module] = factor(update, self.rank)
+            cut, self.truncation[module] = factor(update, rank)
             self.modules[module] = cut.to(torch.float32)
 
 

@@ -81,15 +81,16 @@ def encode(tokenizer: Any, pairs: Sequence[tuple[str, str]], *, max_tokens: int 
 
 
 def completion_logits(
-    model: Any, batch: Batch
+    model: Any, batch: Batch, *, everywhere: bool = False
 ) -> tuple[Float[Tensor, "tokens vocab"], Int[Tensor, " tokens"], Int[Tensor, " tokens"]]:
     """(logits, target ids, item index) at the completion tokens, in item order.
 
-    The LM head runs on the positions that some item needs, not on all.
+    The LM head runs on the positions that some item needs; everywhere=True: on all.
     """
     predicts = batch.completion_mask[:, 1:].bool()  # position t predicts token t + 1
     needed = predicts.any(0).nonzero().squeeze(1)
-    kept = {"logits_to_keep": needed} if takes_logits_to_keep(model) else {}
+    fewer = takes_logits_to_keep(model) and not everywhere
+    kept = {"logits_to_keep": needed} if fewer else {}
     logits = model(
         input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False, **kept
     ).logits

@@ -14,7 +14,7 @@ from mergeprobe.capture.items import spread_rows
 from mergeprobe.capture.points import check_points
 from mergeprobe.capture.probe import Probe
 from mergeprobe.capture.recorder import BATCH_SIZE
-from mergeprobe.capture.run import ProbeRecorder
+from mergeprobe.capture.run import ProbeRecorder, check_rank
 
 
 class ProbeCallback(TrainerCallback):
@@ -35,11 +35,13 @@ class ProbeCallback(TrainerCallback):
         store_text: bool = True,
         data_tag: str | None = None,
         strict: bool = False,
+        rank: int | None = None,
     ) -> None:
         check_points(path, fraction=fraction, at_step=at_step)
+        check_rank(rank)
         self.path, self.strict = Path(path), strict
-        self.options = {"fraction": fraction, "at_step": at_step, "store_text": store_text}
-        self.options["data_tag"] = data_tag
+        self.options: dict[str, Any] = {"fraction": fraction, "at_step": at_step}
+        self.options |= {"store_text": store_text, "data_tag": data_tag, "rank": rank}
         self.calibration, self.tokenizer = calibration, tokenizer
         self.recorder: ProbeRecorder | None = None
         self.probe: Probe | None = None

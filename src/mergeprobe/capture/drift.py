@@ -26,6 +26,8 @@ TOKENS_PER_TEXT = 32
 MAX_TOKENS = 1024
 EVERY = 4  # next-token distributions are kept at every fourth position and at the last
 TOP = 64
+# lines of the probe set that can be answered in many ways: a letter, a list, a summary
+OPEN_PROMPTS = (4, 9, 19)
 HIDDEN_SKETCH = 64
 # what may differ between two configurations of one computation
 IRRELEVANT = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
@@ -44,6 +46,20 @@ def probe_ids(tokenizer: Any) -> list[list[int]]:
     return rows
 
 
+def open_positions(tokenizer: Any) -> list[int]:
+    """Where Drift's distributions say what follows an open prompt: its last position, among all.
+
+    A prompt that was cut at 32 tokens has no end here and is left out.
+    """
+    found, start = [], 0
+    for line, (text, tokens) in enumerate(zip(probe_texts(), probe_ids(tokenizer), strict=True)):
+        last = len(tokens) - 1
+        start += sum(where % EVERY == EVERY - 1 or where == last for where in range(len(tokens)))
+        if line in OPEN_PROMPTS and len(tokenizer(text)["input_ids"]) == len(tokens):
+            found.append(start - 1)
+    return found
+
+
 def measure_drift(
     model: Any,
     tokenizer: Any,
@@ -58,13 +74,13 @@ def measure_drift(
     """
     rows = probe_ids(tokenizer)
     ours, precision = _states(model, rows)
-    path = _cache_path(model, rows, fingerprint, precision) if fingerprint else None
-    theirs = _cached(path)
-    if theirs is None:
-        with base or nullcontext():
+    with base or nullcontext():  # what the name is made of is the base's too
+        path = _cache_path(model, rows, fingerprint, precision) if fingerprint else None
+        theirs = _cached(path)
+        if theirs is None:
             theirs, _ = _states(model, rows)
-        if path is not None:
-            _keep(theirs, path)
+            if path is not None:
+                _keep(theirs, path)
     return Drift(
         hidden=ours["hidden"] - theirs["hidden"],
         logprob=ours["logprob"],

@@ -1,4 +1,4 @@
-"""What is measured of a PEFT model as it is now, and the passes that it takes.
+"""What is measured of a model in training as it is now, and the passes that it takes.
 
 On the calibration items one forward and backward pass at the snapshot and one at the base, which
 give gradients, moments and losses at once; on the probe set one forward pass, two where the base's
@@ -8,8 +8,8 @@ side is not in the cache yet.
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import peft
@@ -18,23 +18,24 @@ import transformers
 from jaxtyping import Float
 from torch import Tensor
 
-from mergeprobe.adapters.base import fingerprint
 from mergeprobe.capture.batch import Batch, encode
-from mergeprobe.capture.drift import measure_drift
+from mergeprobe.capture.compact import compacted
+from mergeprobe.capture.drift import measure_drift, open_positions
 from mergeprobe.capture.items import CALIBRATION_ITEMS
-from mergeprobe.capture.model import (
-    active_adapter,
-    adapted_modules,
-    as_base,
-    current_update,
-    measuring,
-    plain,
-    weight_norms,
-)
+from mergeprobe.capture.model import as_base, measuring, plain
 from mergeprobe.capture.probe import Calibration, Moment, Probe, provenance
 from mergeprobe.capture.processes import ALONE, Processes, agree, joined
 from mergeprobe.capture.recorder import BATCH_SIZE, Recording, record
-from mergeprobe.errors import BaseModelError, ProbeError
+from mergeprobe.capture.start import StartWeights
+from mergeprobe.capture.trained import (
+    adapted_modules,
+    base_fingerprint,
+    base_name,
+    described,
+    snapshot,
+    weight_norms,
+)
+from mergeprobe.errors import ProbeError
 from mergeprobe.version import __version__
 
 
@@ -68,16 +69,19 @@ def take_probe(
     tokenizer: Any = None,
     halfway: dict[str, torch.Tensor] | None = None,
     store_text: bool = True,
+    rank: int | None = None,
+    start: StartWeights | None = None,
     **meta: Any,
 ) -> Probe:
-    """Measures a PEFT model as it is now, on this process alone. `meta` goes into the provenance.
+    """Measures a model as it is now, on this process alone. `meta` goes into the provenance.
 
+    model: a PEFT model, or one without adapters and, as `start`, the weights that it began from.
     calibration: a Batch or (prompt, completion) pairs, at most 32 are used; without it there are no
-    gradients and moments. tokenizer: without it there is no drift.
+    gradients and moments. tokenizer: without it there is no drift. rank: see `trained.snapshot`.
     """
     model = plain(model)
     batch = None if calibration is None else as_batch(calibration, tokenizer)
-    task = None if batch is None else measure_task(model, batch)
+    task = None if batch is None else measure_task(model, batch, start=start)
     return assemble(
         model,
         name=name,
@@ -86,6 +90,8 @@ def take_probe(
         tokenizer=tokenizer,
         halfway=halfway,
         store_text=store_text,
+        rank=rank,
+        start=start,
         **meta,
     )
 
@@ -105,20 +111,21 @@ def measure_task(
     base: BaseSide | None = None,
     processes: Processes = ALONE,
     batch_size: int = BATCH_SIZE,
+    start: StartWeights | None = None,
 ) -> TaskSide:
     """Gradients, moments and losses on `batch`; with several processes, on a share in each.
 
     base: from an earlier probe point of the same run; measured where it is None. To be called on
     all `processes` at once, and then the same on each; if one of them cannot, all raise.
     """
-    modules = adapted_modules(model)
+    modules = adapted_modules(model, start)
     device = next(model.parameters()).device
     mine, here, there, problem = processes.share(batch), None, None, None
     try:
         with measuring(model):
             here = record(model, modules, mine, batch_size=batch_size)
             if base is None:
-                with as_base(model):
+                with as_base(model, start):
                     there = record(model, modules, mine, moments=False, batch_size=batch_size)
     except Exception as caught:  # any: the other processes must hear of it
         problem = caught
@@ -150,37 +157,49 @@ def assemble(
     tokenizer: Any,
     halfway: dict[str, torch.Tensor] | None,
     store_text: bool,
+    rank: int | None = None,
+    start: StartWeights | None = None,
     **meta: Any,
 ) -> Probe:
     """The probe: the task's side as measured, the update and the drift as they are now."""
-    updates = current_update(model)
-    config = model.peft_config[active_adapter(model)]
-    base_print = _fingerprint(model)
+    adapter = snapshot(model, rank=rank, start=start)
+    base_print = base_fingerprint(model, start)
     parts: dict[str, Any] = {}
     if batch is not None and task is not None:
         parts |= _task_parts(batch, task, store_text)
     if tokenizer is not None:
         with measuring(model):
             parts["drift"] = measure_drift(
-                model, tokenizer, base=as_base(model), fingerprint=base_print
+                model, tokenizer, base=as_base(model, start), fingerprint=base_print
             )
-    return Probe(
+        meta["open_positions"] = open_positions(tokenizer)
+    probe = Probe(
         name=name,
-        updates=updates,
+        updates=adapter.modules,
         halfway=halfway or {},
-        weight_norms=weight_norms(model),
+        weight_norms=weight_norms(model, start),
         meta=provenance(
-            base=config.base_model_name_or_path or "",
+            base=base_name(model, start),
             fingerprint=base_print,
-            variant=_variant(config),
-            ranks=sorted({update.r for update in updates.values()}),
             versions=_versions(),
             model_type=getattr(model.config, "model_type", None),
             layers=getattr(model.config, "num_hidden_layers", None),
+            **described(adapter, model, start),
             **meta,
         ),
         **parts,
     )
+    return compacted(_of_modules(probe, adapter.modules))
+
+
+def _of_modules(probe: Probe, modules: Mapping[str, Any]) -> Probe:
+    """Without the measurements of modules that AdaLoRA has pruned away: they have no update."""
+    parts = ("halfway", "gradient", "gradient_base", "inputs", "outputs", "weight_norms")
+    kept = {
+        part: {name: value for name, value in getattr(probe, part).items() if name in modules}
+        for part in parts
+    }
+    return replace(probe, **kept)
 
 
 def _task_parts(batch: Batch, task: TaskSide, store_text: bool) -> dict[str, Any]:
@@ -198,19 +217,6 @@ def _task_parts(batch: Batch, task: TaskSide, store_text: bool) -> dict[str, Any
             loss=task.loss,
         ),
     }
-
-
-def _fingerprint(model: Any) -> str | None:
-    """None for a quantised base: its packed weights cannot be read, so the base is unverified."""
-    try:
-        return fingerprint(model)
-    except BaseModelError:
-        return None
-
-
-def _variant(config: Any) -> str:
-    kind = "rslora" if getattr(config, "use_rslora", False) else "lora"
-    return kind + ("+patterns" if config.rank_pattern or config.alpha_pattern else "")
 
 
 def _versions() -> dict[str, str]:

@@ -1,8 +1,7 @@
-"""A live PEFT model: which modules it adapts, and its update right now."""
+"""A model in training: measured without a trace, with and without what it has learned."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,42 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mergeprobe.adapters.checkpoint import PREFIX, natural
+from mergeprobe.capture.start import StartWeights
 from mergeprobe.errors import ProbeError
-from mergeprobe.lowrank import LowRank
-
-
-def adapted_modules(model: nn.Module) -> dict[str, Any]:
-    """Module name in the base model -> its LoRA layer.
-
-    Raises ProbeError by name for what is not a plain LoRA: another PEFT type, DoRA, saved
-    modules, several active adapters, adapted embeddings or convolutions.
-    """
-    adapter = active_adapter(model)
-    config: Any = model.peft_config[adapter]  # type: ignore[index]
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    refused = {
-        f"PEFT type {kind}": kind != "LORA",
-        "DoRA (use_dora)": getattr(config, "use_dora", False),
-        "modules_to_save": bool(getattr(config, "modules_to_save", None)),
-        "trained biases (bias)": getattr(config, "bias", "none") != "none",
-        "lora_bias": getattr(config, "lora_bias", False),
-        "trainable_token_indices": bool(getattr(config, "trainable_token_indices", None)),
-    }
-    for what, holds in refused.items():
-        if holds:
-            raise ProbeError(f"cannot probe this run: it uses {what}; expected a plain LoRA")
-    found = {}
-    for name, module in model.named_modules():
-        if adapter in getattr(module, "lora_embedding_A", {}):
-            raise ProbeError(f"cannot probe this run: '{name}' is an adapted embedding")
-        if adapter in getattr(module, "lora_A", {}):
-            if not isinstance(module.lora_A[adapter], nn.Linear):  # type: ignore[index]
-                raise ProbeError(f"cannot probe this run: '{name}' is an adapted convolution")
-            found[name.removeprefix(PREFIX)] = module
-    if not found:
-        raise ProbeError("cannot probe this run: the model has no LoRA modules")
-    return {name: found[name] for name in sorted(found, key=natural)}
 
 
 def active_adapter(model: nn.Module) -> str:
@@ -62,39 +27,6 @@ def active_adapter(model: nn.Module) -> str:
     if len(names) != 1:
         raise ProbeError(f"cannot probe a run with {len(names)} active adapters: {names}")
     return names[0]
-
-
-def current_update(model: nn.Module) -> dict[str, LowRank]:
-    """A copy of the update as it is now, float32 on the CPU."""
-    adapter = active_adapter(model)
-    return {
-        name: LowRank(
-            layer.lora_B[adapter].weight.detach().float().cpu().clone(),
-            layer.lora_A[adapter].weight.detach().float().cpu().clone(),
-            float(layer.scaling[adapter]),
-        )
-        for name, layer in adapted_modules(model).items()
-    }
-
-
-def init_hash(model: nn.Module) -> str:
-    """Names the A matrices as they are now: equal for runs that share their init."""
-    adapter = active_adapter(model)
-    total = hashlib.sha256()
-    for name, layer in adapted_modules(model).items():
-        weight = layer.lora_A[adapter].weight.detach().float().cpu().contiguous()
-        total.update(f"{name}|{tuple(weight.shape)}|".encode())
-        total.update(weight.numpy().tobytes())
-    return total.hexdigest()[:16]
-
-
-def weight_norms(model: nn.Module) -> dict[str, float]:
-    """‖W‖ of each adapted module's frozen weight (packed weights are left out)."""
-    return {
-        name: float(torch.linalg.vector_norm(layer.base_layer.weight.detach().float()))
-        for name, layer in adapted_modules(model).items()
-        if layer.base_layer.weight.is_floating_point()
-    }
 
 
 @contextmanager
@@ -135,10 +67,10 @@ def frozen(model: nn.Module) -> None:
 
 
 @contextmanager
-def as_base(model: Any) -> Iterator[None]:
-    """The base model alone. PEFT makes an adapter trainable when it switches it on again; inside
-    `measuring` it has to stay frozen."""
-    with model.disable_adapter():
+def as_base(model: Any, start: StartWeights | None = None) -> Iterator[None]:
+    """The base model alone; start: where a model without adapters began. PEFT makes an adapter
+    trainable when it switches it on again; inside `measuring` it has to stay frozen."""
+    with model.disable_adapter() if start is None else start.in_place(model):
         yield
     frozen(model)
 

@@ -44,6 +44,13 @@ class Moment:
     def trace(self) -> float:
         return float(self.factor.double().square().sum()) + self.tail * self.factor.shape[0]
 
+    def cut(self, rank: int) -> Moment:
+        """Its `rank` leading directions; the others' share of the trace goes into the tail."""
+        if rank >= self.factor.shape[1]:
+            return self
+        dropped = float(self.factor[:, rank:].double().square().sum())
+        return Moment(self.factor[:, :rank], self.tail + dropped / self.factor.shape[0])
+
     def quadratic(
         self, left: Float[Tensor, "dim a"], right: Float[Tensor, "dim b"]
     ) -> Float[Tensor, "a b"]:
@@ -153,9 +160,10 @@ def provenance(
     **more: Any,
 ) -> dict[str, Any]:
     """The metadata every probe carries. Further keys: losses (the training loss of every logged
-    step as [step, loss] pairs), lr_curve ([step, learning rate] pairs), variant, ranks,
-    init_hash (of A before the first step, or None), data_tag, seed, versions, warmup_steps,
-    halfway_step, model_type, layers."""
+    step as [step, loss] pairs), lr_curve ([step, learning rate] pairs), peft_type, variant, ranks,
+    exact, truncation, truncation_error (`trained.described` explains these five), init_hash (of A
+    before the first step, or None), data_tag, seed, versions, warmup_steps, halfway_step,
+    open_positions (of the drift's distributions), model_type, layers."""
     return {
         "schema": PROBE_SCHEMA,
         "made_by": MADE_BY,
@@ -177,7 +185,9 @@ def write_probe(probe: Probe, path: str | Path, *, force: bool = True) -> Path:
         tensors[f"update.B:{module}"] = update.B
     for part in ("halfway", "gradient_base", "gradient"):
         for module, value in getattr(probe, part).items():
-            tensors[f"{part}:{module}"] = value
+            short = value.to(torch.bfloat16)  # where that loses nothing (see compact.py)
+            lossless = torch.equal(short.to(value.dtype), value)
+            tensors[f"{part}:{module}"] = short if lossless else value
     tails: dict[str, float] = {}
     for part in ("inputs", "outputs"):
         stored: dict[int, str] = {}
@@ -264,6 +274,10 @@ def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> P
         found = {k.split(":", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{name}:")}
         return {key: found[key] for key in sorted(found, key=natural)}
 
+    def sketches(name: str) -> dict[str, Tensor]:
+        found = part(name)
+        return {key: v.float() if v.is_floating_point() else v for key, v in found.items()}
+
     scalings, shared, tails = meta.pop("scalings"), meta.pop("shared"), meta.pop("tails")
     factors_b = part("update.B")
     updates = {m: LowRank(factors_b[m], a, scalings[m]) for m, a in part("update.A").items()}
@@ -282,9 +296,9 @@ def _assemble(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> P
     return Probe(
         name=meta.pop("name"),
         updates=updates,
-        halfway=part("halfway"),
-        gradient_base=part("gradient_base"),
-        gradient=part("gradient"),
+        halfway=sketches("halfway"),
+        gradient_base=sketches("gradient_base"),
+        gradient=sketches("gradient"),
         inputs=moments("inputs"),
         outputs=moments("outputs"),
         weight_norms=meta.pop("weight_norms"),

@@ -68,12 +68,14 @@ def record(
     """
     recording, losses = Recording(), []
     device = next(model.parameters()).device
+    # an adapted LM head is measured at every token, as other modules are
+    head = any(module is model.get_output_embeddings() for module in modules.values())
     with _gradient_from_embeddings(model), torch.enable_grad():
         for start in range(0, len(batch), batch_size):
             part = batch.rows(start, start + batch_size).to(device)
             hooks = _Pass(recording, part, moments)
             with hooks.on(modules):
-                logits, targets, items = completion_logits(model, part)
+                logits, targets, items = completion_logits(model, part, everywhere=head)
                 loss = token_losses(logits, targets)
                 hooks.backward = True
                 loss.sum().backward()

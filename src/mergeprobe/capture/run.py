@@ -14,18 +14,15 @@ from torch import Tensor
 from mergeprobe.capture.batch import Batch
 from mergeprobe.capture.first_steps import FirstSteps, read_first_steps
 from mergeprobe.capture.measure import BaseSide, as_batch, assemble, measure_task
-from mergeprobe.capture.model import (
-    adapted_modules,
-    check_whole,
-    current_update,
-    init_hash,
-    plain,
-)
+from mergeprobe.capture.model import check_whole, plain
 from mergeprobe.capture.points import ProbePoint, probe_points
 from mergeprobe.capture.probe import Probe, write_probe
 from mergeprobe.capture.processes import ALONE, all_processes
 from mergeprobe.capture.recorder import BATCH_SIZE
 from mergeprobe.capture.sketch import sketch_update
+from mergeprobe.capture.start import StartWeights, read_start, start_weights
+from mergeprobe.capture.trained import check_readable, current_update, init_hash
+from mergeprobe.errors import ProbeError
 
 
 class ProbeRecorder:
@@ -37,7 +34,9 @@ class ProbeRecorder:
             ...                       # forward, backward, optimizer.step()
             recorder.step(step, loss)
 
-    model: a PEFT model with one plain LoRA; ProbeError by name otherwise, before training starts.
+    model: a PEFT model with one adapter of a type that docs/peft-types.md lists, or a model without
+    adapters that trains chosen Linear modules; ProbeError by name otherwise, before training
+    starts. rank: to which updates are cut (`trained.snapshot` says which are by default).
     fraction, at_step: when, one or several (points.probe_points). calibration: a Batch, or (prompt,
     completion) pairs, of the task itself; at most 32 are used, batch_size at a time.
     store_text=False keeps the token ids of the calibration items out of the file.
@@ -64,10 +63,12 @@ class ProbeRecorder:
         start_step: int = 0,
         batch_size: int = BATCH_SIZE,
         distributed: bool = False,
+        rank: int | None = None,
     ) -> None:
         self.model, self.tokenizer = plain(model), tokenizer
         check_whole(self.model)
-        adapted_modules(self.model)  # refuses here, by name, what cannot be probed
+        check_rank(rank)
+        self.rank = rank
         self.points = probe_points(
             path, planned_steps, warmup=warmup_steps, fraction=fraction, at_step=at_step
         )
@@ -84,6 +85,8 @@ class ProbeRecorder:
         self.processes = all_processes() if distributed else ALONE
         self.waiting = [point for point in self.points if point.step > start_step]
         self._base: BaseSide | None = None
+        self.start = self._begun(start_step)
+        check_readable(self.model, self.start)  # refuses here, by name, what cannot be probed
         self._say_lost(start_step)
         self._first = self._begin(start_step)
 
@@ -102,6 +105,22 @@ class ProbeRecorder:
         path = self.points[-1].path
         return path.with_name(f".{path.name}.early")
 
+    @property
+    def _start_path(self) -> Path:
+        path = self.points[-1].path
+        return path.with_name(f".{path.name}.start")
+
+    def _begun(self, start_step: int) -> StartWeights | None:
+        """The weights that full fine-tuning began from; None for a PEFT model, which has them."""
+        if hasattr(self.model, "peft_config"):
+            return None
+        if start_step > 0 and not self.done:
+            return read_start(self._start_path, self.model)
+        start = start_weights(self.model)
+        if not self.done and self.processes.writes:
+            start.keep(self._start_path)
+        return start
+
     def _say_lost(self, start_step: int) -> None:
         for point in self.points:
             if point.step <= start_step and not point.path.exists() and self.processes.writes:
@@ -116,7 +135,7 @@ class ProbeRecorder:
             return FirstSteps()
         if start_step > 0:
             return read_first_steps(self._early_path)
-        first = FirstSteps(init_hash(self.model))
+        first = FirstSteps(init_hash(self.model, self.start))
         first.keep(self._early_path)
         return first
 
@@ -138,7 +157,7 @@ class ProbeRecorder:
             return self._capture(due) if due else None
 
     def _sketch_halfway(self, step: int) -> None:
-        update = current_update(self.model)
+        update = current_update(self.model, rank=self.rank, start=self.start)
         self._first.halfway[step] = {n: sketch_update(n, u) for n, u in update.items()}
         self._first.keep(self._early_path)
 
@@ -152,6 +171,7 @@ class ProbeRecorder:
                 base=self._base,
                 processes=self.processes,
                 batch_size=self.batch_size,
+                start=self.start,
             )
             self._base = task.base
         if not self.processes.writes:
@@ -165,6 +185,8 @@ class ProbeRecorder:
             tokenizer=self.tokenizer,
             halfway=self._first.halfway.get(point.half),
             store_text=self.store_text,
+            rank=self.rank,
+            start=self.start,
             step=point.step,
             losses=[list(pair) for pair in self.losses],
             lr_curve=[list(pair) for pair in self.learning_rates],
@@ -176,4 +198,11 @@ class ProbeRecorder:
             write_probe(replace(measured, name=point.path.stem), point.path)
         if self.done:
             self._early_path.unlink(missing_ok=True)
+            self._start_path.unlink(missing_ok=True)
         return replace(measured, path=due[0].path)
+
+
+def check_rank(rank: int | None) -> None:
+    """Refuses a rank below 1."""
+    if rank is not None and rank < 1:
+        raise ProbeError(f"rank is {rank}; expected 1 or more, or None for each type's own")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergeprobe.cli.options import Adapters, Json
+from mergeprobe.cli.options import Adapters, Json, ReadingBase
 from mergeprobe.errors import DataError, DeploymentError
 
 EVALUATE = (
@@ -17,7 +17,11 @@ EVALUATE = (
     "mergeprobe evaluate deployment/ --adapters adapters/ --base ./base --data held_out/",
 )
 REPORT = ("mergeprobe report runs/demo", "mergeprobe report runs/demo --out page.html")
-DOCTOR = ("mergeprobe doctor adapters/*", "mergeprobe doctor adapters/ --json")
+DOCTOR = (
+    "mergeprobe doctor adapters/*",
+    "mergeprobe doctor adapters/ --json",
+    "mergeprobe doctor dora/ --base ./base",
+)
 
 
 def evaluate(
@@ -150,18 +154,22 @@ def report(
     show.console().print(f"Written to '{write_page(run, out)}'.")
 
 
-def doctor(adapters: Adapters, json: Json = False) -> None:
+def doctor(adapters: Adapters, base: ReadingBase = None, json: Json = False) -> None:
     """Examine adapters: what they are, what is wrong, what will merge and what won't.
+
+    Adapters whose update depends on the base model need --base: the others do without.
 
     Status 0 if all of them can be merged with each other, else 1. Whether a merge that is
     possible is also good is a forecast: see `mergeprobe plan`.
     """
     from mergeprobe.adapters.doctor import examine
     from mergeprobe.cli import say, show
-    from mergeprobe.cli.sources import expand
+    from mergeprobe.cli.sources import expand, opened
     from mergeprobe.cli.tables import show_examination
 
-    found = examine(expand(adapters, probes=False))
+    paths = expand(adapters, probes=False)
+    with show.working("examining"):
+        found = examine(paths, opened(base))
     if json:
         show.emit(asdict(found))
     else:

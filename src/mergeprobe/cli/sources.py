@@ -21,7 +21,7 @@ def read_sources(arguments: Sequence[Path], base: Any = None) -> list[Probe]:
     """
     from mergeprobe.capture.probe import read_source
 
-    known = _opened(base)
+    known = opened(base)
     return [read_source(path, known) for path in expand(arguments)]
 
 
@@ -34,7 +34,7 @@ def read_adapters(
     """
     from mergeprobe.adapters.checkpoint import read_adapter
 
-    known = _opened(base)
+    known = opened(base)
     found: dict[str, Adapter] = {}
     for path in expand(arguments, probes=False):
         adapter = read_adapter(path, known, rank=rank, extras=extras)
@@ -47,7 +47,7 @@ def read_adapters(
     return found
 
 
-def _opened(base: Any) -> Any:
+def opened(base: Any) -> Any:
     from mergeprobe.adapters.weights import BaseWeights
 
     return None if base is None else BaseWeights.of(base)

@@ -72,6 +72,16 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def is_local(name: str) -> bool:
+    """Whether the base can be read without asking the hub."""
+    path = Path(name)
+    return (
+        name in ALIASES
+        or (path / "config.json").exists()
+        or (name.endswith(".gguf") and path.is_file())
+    )
+
+
 def gguf_file_of(spec: str | Path) -> Path | None:
     """The GGUF file that `spec` is or stands for, else None."""
     text = str(spec)

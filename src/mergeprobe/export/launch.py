@@ -1,6 +1,7 @@
 """The command that starts each server on an export: text only, nothing is run here.
 
-Flags as of vLLM 0.32.0, SGLang 0.5.23, LoRAX 0.12, llama.cpp of llama-cpp-python 0.3.36.
+Flags as of vLLM 0.32.0, SGLang 0.5.23, LoRAX's launcher at 01ebbb0, and llama.cpp as
+llama-cpp-python 0.3.36 carries it.
 """
 
 from __future__ import annotations

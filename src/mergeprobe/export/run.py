@@ -14,7 +14,7 @@ from mergeprobe.adapters.checkpoint import Adapter, check_same_base, read_adapte
 from mergeprobe.artefact import atomic_folder, refuse_existing
 from mergeprobe.compose.deployment import Deployment, Entry, written_parameters
 from mergeprobe.errors import ExportError
-from mergeprobe.export.base_shape import BaseShape, base_shape, gguf_file_of, gguf_shape
+from mergeprobe.export.base_shape import BaseShape, base_shape, gguf_file_of, gguf_shape, is_local
 from mergeprobe.export.check import Check, check_folder
 from mergeprobe.export.fit import Fitted, fit, unsaid, written_error
 from mergeprobe.export.gguf_adapter import read_gguf, write_gguf
@@ -99,7 +99,8 @@ def export_deployment(
 ) -> Export:
     """Writes `deployment` for one of TARGETS; whole or not at all.
 
-    base: overrides the deployment's name of it, and lets shapes be checked; llama.cpp needs it.
+    base: overrides the deployment's name of it. Shapes are checked where it is given or lies here;
+    llama.cpp needs it.
     max_rank: truncates what is above. lower: serve by name what the target can't compose or route.
     every_name: a model of its own for each adapter name, where several share one folder.
     originals: adapter name -> its own folder, for mergekit to run the merge rule itself.
@@ -115,49 +116,101 @@ def export_deployment(
     if not name:
         raise ExportError("the deployment names no base model; give it with --base")
     shape = _shape(target, base, name)
-    adapters = deployment.folders()
-    fitted = {
-        folder: fit(
-            adapter, target, base=name, max_rank=max_rank, shape=shape,
-            others=list(adapters.values()),
-        )
-        for folder, adapter in adapters.items()
-    }  # fmt: skip
-    rank = target.bucket(max(max(one.adapter.ranks) for one in fitted.values()))
-    asked = {a: a if every_name else entry.folder for a, entry in deployment.entries.items()}
+    fitted = fitted_folders(deployment, target, name, max_rank, shape)
     with atomic_folder(out, force=force) as temporary:
-        shipped, written = [], {}
-        for folder, one in fitted.items():
-            path, checks = _write(temporary, folder, one, target, shape, dtype)
-            written[folder] = _read(temporary / path, one.adapter, target, shape)
-            errors = written_error(adapters[folder].modules, written[folder])
-            entry = next(e for e in deployment.entries.values() if e.folder == folder)
-            shipped.append(
-                Shipped(folder, path, max(one.adapter.ranks), *errors, entry.error, one.lowered,
-                        tuple(checks))
-            )  # fmt: skip
-        paths = {one.name: one.path for one in shipped}
-        served = {asked[a]: paths[e.folder] for a, e in deployment.entries.items()}
-        modules = {m.rpartition(".")[2] for one in fitted.values() for m in one.adapter.modules}
-        where = str(shape.path) if shape and shape.path else name
-        shipment = Shipment(
-            where, tuple(Served(n, p) for n, p in served.items()), rank, tuple(sorted(modules))
-        )
+        shipped, written = _ship(temporary, deployment, fitted, target, shape, dtype)
+        losses = _losses(deployment, written, loaded, examples)
+        shipment, asked = _shipment(deployment, fitted, target, shape, name, shipped, every_name)
         launch = target.launch(shipment)
         if target.form == "recipes":
             launch |= recipe_files(deployment, shipment, originals)
-        losses = _losses(deployment, written, loaded, examples)
         export = Export(
-            target.name, Path(out), name, deployment.fingerprint, str(dtype).removeprefix("torch."),
-            rank, _asked(asked, served, target), tuple(shipped), tuple(fallen), launch, losses,
-        )  # fmt: skip
-        for file, text in launch.items():
-            (temporary / file).write_text(text, "utf-8")
-            (temporary / file).chmod(0o755 if file.endswith(".sh") else 0o644)
-        data = json.dumps(as_data(export), indent=2, ensure_ascii=False)
-        (temporary / REPORT).write_text(data + "\n", "utf-8")
-        (temporary / README).write_text(readme(export, target.title), "utf-8")
+            target=target.name,
+            path=Path(out),
+            base=name,
+            fingerprint=deployment.fingerprint,
+            dtype=str(dtype).removeprefix("torch."),
+            rank=shipment.rank,
+            names=asked,
+            adapters=tuple(shipped),
+            lowered=tuple(fallen),
+            launch=launch,
+            losses=losses,
+        )
+        _write_texts(temporary, export, target)
     return export
+
+
+def fitted_folders(
+    deployment: Deployment,
+    target: Target,
+    base: str,
+    max_rank: int | None,
+    shape: BaseShape | None,
+) -> dict[str, Fitted]:
+    """Every folder's adapter as the target takes it. ExportError for one that can't be."""
+    adapters = deployment.folders()
+    others = list(adapters.values())
+    return {
+        folder: fit(adapter, target, base=base, max_rank=max_rank, shape=shape, others=others)
+        for folder, adapter in adapters.items()
+    }
+
+
+def _ship(
+    root: Path,
+    deployment: Deployment,
+    fitted: Mapping[str, Fitted],
+    target: Target,
+    shape: BaseShape | None,
+    dtype: torch.dtype,
+) -> tuple[list[Shipped], dict[str, dict[str, LowRank]]]:
+    """Writes every adapter, reads it back, and compares: (what was written, its updates)."""
+    own = {entry.folder: entry.error for entry in deployment.entries.values()}
+    shipped, written = [], {}
+    for folder, adapter in deployment.folders().items():
+        one = fitted[folder]
+        path, checks = _write(root, folder, one, target, shape, dtype)
+        written[folder] = _read(root / path, one.adapter, target, shape)
+        error, worst = written_error(adapter.modules, written[folder])
+        rank = max(one.adapter.ranks)
+        shipped.append(
+            Shipped(folder, path, rank, error, worst, own[folder], one.lowered, tuple(checks))
+        )
+    return shipped, written
+
+
+def _shipment(
+    deployment: Deployment,
+    fitted: Mapping[str, Fitted],
+    target: Target,
+    shape: BaseShape | None,
+    base: str,
+    shipped: Sequence[Shipped],
+    every_name: bool,
+) -> tuple[Shipment, dict[str, str]]:
+    """What the launch command says, and adapter name -> what a request asks for."""
+    entries = deployment.entries
+    model = {name: name if every_name else entry.folder for name, entry in entries.items()}
+    paths = {one.name: one.path for one in shipped}
+    served = {model[name]: paths[entry.folder] for name, entry in entries.items()}
+    modules = {m.rpartition(".")[2] for one in fitted.values() for m in one.adapter.modules}
+    shipment = Shipment(
+        base=str(shape.path) if shape and shape.path else base,
+        served=tuple(Served(name, path) for name, path in served.items()),
+        rank=target.bucket(max(one.rank for one in shipped)),
+        modules=tuple(sorted(modules)),
+    )
+    return shipment, _asked(model, served, target)
+
+
+def _write_texts(root: Path, export: Export, target: Target) -> None:
+    for file, text in export.launch.items():
+        (root / file).write_text(text, "utf-8")
+        (root / file).chmod(0o755 if file.endswith(".sh") else 0o644)
+    data = json.dumps(as_data(export), indent=2, ensure_ascii=False)
+    (root / REPORT).write_text(data + "\n", "utf-8")
+    (root / README).write_text(readme(export, target.title), "utf-8")
 
 
 def unmerged(adapters: Mapping[str, Adapter]) -> Deployment:
@@ -183,7 +236,7 @@ def _shape(target: Target, base: str | Path | None, name: str) -> BaseShape | No
     if target.form == "gguf":
         file = gguf_file_of(name)
         return gguf_shape(file, name) if file is not None else base_shape(name)
-    return None if base is None else base_shape(base)
+    return base_shape(name) if base is not None or is_local(name) else None
 
 
 def _write(

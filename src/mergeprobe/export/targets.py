@@ -1,8 +1,8 @@
 """The servers that are exported to: what each takes, as its own source says.
 
 Read at vLLM 0.32.0 (config/lora.py, lora/peft_helper.py, lora/lora_model.py), SGLang 0.5.23
-(lora/lora.py, lora_manager.py, utils/common.py), LoRAX 0.12 (adapters/lora.py, its page of modules)
-and llama.cpp as llama-cpp-python 0.3.36 carries it.
+(lora/lora.py, lora_manager.py, utils/common.py), LoRAX's repository (adapters/lora.py at 03679f3,
+its page of modules) and llama.cpp as llama-cpp-python 0.3.36 carries it.
 """
 
 from __future__ import annotations

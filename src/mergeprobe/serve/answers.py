@@ -80,8 +80,6 @@ def asked_for(
 ) -> Asked:
     """What the engine is asked; Refused where it can't be done. default: of max_tokens, None for
     as many as there is room for."""
-    if body.stream_options is not None and not body.stream:
-        raise Refused(400, "stream_options go with stream=true only", "stream_options")
     target = None
     if body.model == AUTO and engine.router is None:
         raise Refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,7 +24,7 @@ from mergeprobe.serve.answers import (
     asked_for,
     error_response,
 )
-from mergeprobe.serve.catalogue import AUTO, BASE, Target
+from mergeprobe.serve.catalogue import AUTO, BASE, Target, check_free
 from mergeprobe.serve.engine import Engine
 from mergeprobe.serve.gate import Gate, error_body
 from mergeprobe.serve.prompts import chat_ids, routed_text, text_ids
@@ -50,8 +51,14 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody} for status in statuses}
 
 
+EVENT = {
+    "type": "object",
+    "description": "Each event: a chunk of the answer as JSON, an error, or [DONE].",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
 DECODING = errors(400, 401, 403, 404, 408, 413, 422, 429, 500, 503, 504) | {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {"content": {"text/event-stream": {"schema": EVENT}}}
 }
 PLAIN = errors(401, 403, 408, 413)
 
@@ -91,10 +98,8 @@ def _decoding(app: FastAPI, engine: Engine) -> None:
     async def chat(body: ChatRequest, request: Request) -> Any:
         ids = await run_in_threadpool(chat_ids, tokenizer, body.messages)
         by = text_ids(tokenizer, routed_text(body.messages)) if engine.router else []
-        most = body.max_completion_tokens
-        if most is not None and body.max_tokens is not None:
-            raise Refused(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
-        asked = asked_for(engine, body, ids, by, most or body.max_tokens, None)
+        given = [most for most in (body.max_tokens, body.max_completion_tokens) if most is not None]
+        asked = asked_for(engine, body, ids, by, min(given, default=None), None)
         return await answered(engine, asked, body, request, CHAT)
 
     @app.post("/v1/completions", response_model=TextAnswer, responses=DECODING)
@@ -154,19 +159,23 @@ def _served(engine: Engine, name: str) -> Target:
 
 
 def _adapters(app: FastAPI, engine: Engine) -> None:
-    @app.post("/v1/load_lora_adapter", response_model=Done, responses=errors(400, 422))
+    @app.post("/v1/load_lora_adapter", response_model=Done, responses=errors(400, 404, 409, 422))
     def load(body: LoadRequest) -> Any:
+        catalogue, name = engine.catalogue, body.lora_name
         try:
-            target = engine.catalogue.load(body.lora_name, body.lora_path)
-        except (MergeProbeError, OSError) as problem:
-            shown = str(problem).replace(f"{engine.catalogue.root}/", "")
-            raise Refused(400, shown) from None
-        try:
-            engine.check_target(target)
+            check_free(name, catalogue.targets)
         except DeploymentError as problem:
-            engine.catalogue.unload(body.lora_name)
-            raise Refused(400, str(problem)) from None
-        return Done(message=f"'{body.lora_name}' is served")
+            raise Refused(409, str(problem), "lora_name") from None
+        try:
+            folder = catalogue.inside(body.lora_path)
+        except DeploymentError as problem:
+            raise Refused(404, str(problem), "lora_path") from None
+        try:
+            engine.load(name, folder)
+        except (MergeProbeError, OSError) as problem:
+            shown = str(problem).replace(f"{catalogue.root}/", "")
+            raise Refused(400, shown, "lora_path") from None
+        return Done(message=f"'{name}' is served")
 
     @app.post("/v1/unload_lora_adapter", response_model=Done, responses=errors(404, 409, 422))
     async def unload(body: UnloadRequest) -> Any:
@@ -222,21 +231,24 @@ def _failures(app: FastAPI) -> None:
 
 
 def _schema(app: FastAPI, engine: Engine, token: str | None) -> dict[str, Any]:
-    """The OpenAPI description, with this server's own limits and what the gate asks for."""
+    """The OpenAPI description, with what this server takes now and what the gate asks for."""
     if app.openapi_schema is None:
-        found = FastAPI.openapi(app)
-        known = found["components"]["schemas"]
-        for name in ("ChatRequest", "CompletionRequest"):
-            for field in ("max_tokens", "max_completion_tokens"):
-                for kind in known[name]["properties"].get(field, {}).get("anyOf", ()):
-                    if kind["type"] == "integer":
-                        kind["maximum"] = engine.limits.tokens - 1
-        for kind in known["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
-            if kind["type"] == "array":
-                kind["items"] |= {"minimum": 0, "maximum": vocabulary(engine) - 1}
-        if token is not None:
-            found["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-            found["security"] = [{"token": []}]
-            found["paths"]["/health"]["get"]["security"] = []
-        app.openapi_schema = found
-    return app.openapi_schema
+        app.openapi_schema = FastAPI.openapi(app)
+    found = copy.deepcopy(app.openapi_schema)
+    known = found["components"]["schemas"]
+    names = [*engine.catalogue.targets, *((AUTO,) if engine.router else ())]
+    for name in ("ChatRequest", "CompletionRequest"):
+        fields = known[name]["properties"]
+        fields["model"] = {"type": "string", "title": "Model", "enum": names}
+        for field in {"max_tokens", "max_completion_tokens"} & {*fields}:
+            for kind in fields[field]["anyOf"]:
+                if kind["type"] == "integer":
+                    kind["maximum"] = engine.limits.tokens - 1
+    for kind in known["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
+        if kind["type"] == "array":
+            kind["items"] |= {"minimum": 0, "maximum": vocabulary(engine) - 1}
+    if token is not None:
+        found["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        found["security"] = [{"token": []}]
+        found["paths"]["/health"]["get"]["security"] = []
+    return found

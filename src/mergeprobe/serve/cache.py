@@ -64,6 +64,7 @@ class SlotCache(Cache):
         """Row `source` is kept as row `target`."""
         for layer in self.layers:
             for held in (layer.keys, layer.values):  # type: ignore[union-attr]
+                assert held is not None
                 held[target, :, :length] = held[source, :, :length]
 
     def wipe(self, row: int) -> None:

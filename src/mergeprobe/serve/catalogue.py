@@ -1,13 +1,13 @@
 """What the server serves under which name: the base, adapters, compositions; changed while it runs.
 
-A name is looked up, never opened: only `load` touches a file, inside of one folder.
+A name is looked up, never opened. Folders to load from lie inside of one, `root`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mergeprobe.adapters.attach import placed
@@ -75,18 +75,16 @@ class Catalogue:
             )
         return target
 
-    def load(self, name: str, path: str) -> Target:
-        """Serves one more adapter from a folder inside `root`; nothing changes where it fails.
+    def load(self, name: str, folder: Path) -> Target:
+        """Serves one more adapter, from a folder; nothing changes where it fails.
 
-        Raises DeploymentError for a name that is taken or a path outside, AdapterError or
-        AdapterMismatch for an adapter that cannot be read or is for another base.
+        Raises DeploymentError for a name that is taken, AdapterError or AdapterMismatch for an
+        adapter that cannot be read or is for another base.
         """
         check_free(name, self.targets)
-        folder = self._inside(path)
-        source = Source(name, folder)
         adapter = read_adapter(folder, name=name)
         check_fits(self.base, adapter)
-        target = Target(name, (source,))
+        target = Target(name, (Source(name, folder),))
         if self.targets.setdefault(name, target) is not target:  # another request was faster
             check_free(name, self.targets)
         return target
@@ -99,18 +97,24 @@ class Catalogue:
         del self.targets[name]
         return target
 
-    def _inside(self, path: str) -> Path:
-        """The folder that is meant. Whatever lies outside the root looks the same from here."""
+    def inside(self, path: str) -> Path:
+        """The folder that is meant, inside of `root`. DeploymentError where there is none; what
+        lies outside cannot be told from what does not exist."""
         if self.root is None:
             raise DeploymentError("this server loads no adapters; start it with --adapters-root")
+        problem = DeploymentError(
+            f"no folder {path[:200]!r} in the one that adapters are loaded from; give its path "
+            "from there"
+        )
         if not path.isprintable():
-            raise DeploymentError("lora_path holds characters that no folder name should")
-        folder = (self.root / path).resolve()
-        if folder == self.root or not folder.is_relative_to(self.root):
-            raise DeploymentError(
-                f"lora_path {path[:200]!r} lies outside the folder that adapters are loaded from; "
-                "give a path relative to it"
-            )
+            raise problem
+        try:
+            folder = (self.root / path).resolve()
+            found = folder.is_dir()
+        except (OSError, ValueError):  # a name too long, or a loop of links
+            raise problem from None
+        if not found or folder == self.root or not folder.is_relative_to(self.root):
+            raise problem
         return folder
 
 
@@ -169,12 +173,12 @@ def _targets(deployment: Deployment, sources: Mapping[str, Source]) -> dict[str,
     for name, entry in deployment.entries.items():
         group = deployment.composition_of(name)
         if group is None:
-            answer = {"sources": (sources[entry.folder],)}
+            answer = Target(name, (sources[entry.folder],))
         else:
             members = tuple(sources[deployment.entries[one].folder] for one in group.adapters)
             gated = group.adapters if group.gated else ()
-            answer = {"sources": members, "how": group.composition(), "gated": gated}
-        adapters[name] = Target(name, **answer)
+            answer = Target(name, members, group.composition(), gated)
+        adapters[name] = answer
         if entry.action is not Action.route:  # of routed adapters each is for itself
-            groups[entry.group] = Target(entry.group, **answer)
+            groups[entry.group] = replace(answer, name=entry.group)
     return groups | adapters

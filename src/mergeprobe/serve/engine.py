@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -123,6 +124,15 @@ class Engine:
                 f"'{target.name}' takes {target.rows} rows of the batch, but there are "
                 f"{self.limits.rows}; use --max-batch {target.rows}"
             )
+
+    def load(self, name: str, folder: Path) -> None:
+        """Serves one more adapter. Raises what `Catalogue.load` and `check_target` raise."""
+        target = self.catalogue.load(name, folder)
+        try:
+            self.check_target(target)
+        except DeploymentError:
+            self.catalogue.unload(name)
+            raise
 
     def unload(self, name: str) -> None:
         """Serves a name no more. DeploymentError for a pinned one or one that is not served."""

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+
+def whole(value: Any) -> Any:
+    """JSON has one kind of number: 3.0 is an integer too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(whole)
 # no path: neither separators nor a dot in front (the names that a plan allows)
 NAME = r"^[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$"
 Name = Annotated[str, Field(pattern=NAME, max_length=200)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
-One = Annotated[StrictInt, Field(ge=1, le=1)]
+One = Annotated[int, Field(ge=1, le=1), WHOLE]
 Zero = Annotated[float, Field(ge=0, le=0)]
-Count = Annotated[StrictInt, Field(ge=1)]
+Count = Annotated[int, Field(ge=1), WHOLE]
 
 
 class _Strict(BaseModel):
@@ -32,7 +39,7 @@ class _Request(_Strict):
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -72,7 +79,7 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    prompt: str | Annotated[list[StrictInt], Field(min_length=1)]
+    prompt: str | Annotated[list[Annotated[int, WHOLE]], Field(min_length=1)]
     best_of: One | None = None
     echo: Literal[False] | None = None
     logprobs: None = None
@@ -80,7 +87,8 @@ class CompletionRequest(_Request):
 
 
 class LoadRequest(_Strict):
-    lora_name: Name
+    # 200 bytes in any script
+    lora_name: Annotated[str, Field(pattern=NAME, max_length=50)]
     lora_path: Annotated[str, Field(min_length=1, max_length=1000)]
 
 

@@ -169,7 +169,7 @@ def _sketches(part: str, values: Mapping[str, Tensor], file: TensorFile) -> Mapp
     if not all(_holds(file, f"{part}:{module}", value) for module, value in values.items()):
         return values
     shapes = {sys.intern(module): tuple(value.shape) for module, value in values.items()}
-    return OnDisk(lambda module: file.read(f"{part}:{module}"), shapes)
+    return OnDisk(lambda module: file.read(f"{part}:{module}").to(torch.float32), shapes)
 
 
 def _moments(part: str, values: Mapping[str, Moment], file: TensorFile) -> Mapping[str, Moment]:
@@ -191,7 +191,7 @@ def _moments(part: str, values: Mapping[str, Moment], file: TensorFile) -> Mappi
 
 
 def _holds(file: TensorFile, key: str, value: Tensor) -> bool:
-    """Whether the file's tensor is this value (moments are bfloat16 there, float32 in memory)."""
+    """Whether the file's tensor is this value (what is bfloat16 there is float32 in memory)."""
     return (
         key in file.layout
         and file.layout[key][1] == tuple(value.shape)

@@ -60,6 +60,20 @@ def entropy_change(panel: Panel, region: str) -> Float[Tensor, " n"]:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def entropy_change_open(panel: Panel, region: str) -> Float[Tensor, " n"]:
+    """entropy_change where an open prompt has just ended: what the run does to the first word of
+    an answer that could begin in many ways. Far below 0 the run collapses onto one beginning."""
+    values = []
+    for probe in panel.probes:
+        places = probe.meta.get("open_positions")
+        if probe.drift is None or not places:
+            values.append(torch.nan)
+            continue
+        change = entropy(listed(probe.drift)) - entropy(listed(probe.drift, base=True))
+        values.append(float(change[places].mean()))
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def slope(points: list[tuple[float, float]]) -> float:
     """Least-squares slope in log-log; NaN with fewer than three points or one step only."""
     if len(points) < FEWEST_POINTS:

@@ -210,6 +210,9 @@ SIGNALS: dict[str, Signal] = {
         MODULES),
     "entropy_change": _adapter("guards", guards.entropy_change, "nats", None, None, ("drift",),
         "ours", "output entropy minus the base's on the probe set", WHOLE),
+    "entropy_change_open": _adapter("guards", guards.entropy_change_open, "nats", None, None,
+        ("drift", "meta.open_positions"), "ours",
+        "the same where an open prompt has just ended; far below 0: collapse", WHOLE),
 }
 # fmt: on
 
@@ -240,7 +243,7 @@ def markdown() -> str:
             )
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, _DIAGNOSTICS])
 
 
 _HEADER = "| signal | what | unit | range | needs | also by | source | family |"
@@ -256,4 +259,27 @@ A module that only one adapter changes counts in that adapter's norm. A region w
 nothing gives null, but what an absent a does to b (interference, E, transfer) is 0. Set rows also
 carry the sum, the largest and the smallest of every pair signal over the other members j (value
 of j → i): `name_sum`, `name_most`, `name_least`.
+"""
+_DIAGNOSTICS = """## Diagnostics by name
+
+| asked | answered by |
+|---|---|
+| Did two runs share their init? | `shared_init`; of finished adapters `mergeprobe doctor`, from A |
+| Do two adapters do the same thing? | `js_to_kl`; 0 for equal behaviour |
+| How many adapters does one bear? | `selectivity` κ, `capacity_load` Σ E, N_max(τ) = 1 + τκ (1) |
+| Does it still answer in many ways? | `entropy_change_open` (2) |
+| Was a skill learned, or switched on? | `diagnostics.activation_index(early, final)` (3) |
+| Does a merge waver, or harm a task? | `first_token_collapse(tier, name, group)` (4) |
+
+1. `curvature.n_max`; `capacity` is it at τ = 0.5. N counts the adapter itself; it holds where the
+   others have its norm and are even over its inputs (within 10 % on synthetic ones).
+2. The change of the next token's entropy where an open prompt of the probe set (a letter, a list, a
+   summary) has just ended. Null for probes that do not say where, and where a tokenizer needs more
+   than 32 tokens for such a prompt.
+3. The gain after 3 % of the data over the final gain, from two probes of one run
+   (`fraction=(0.03, 1.0)`), on its calibration items. Near 1 the base could do it already.
+4. `predict.first_token`; `diagnostics.first_token_share` from token losses. The share of a merge's
+   harm that falls on first answer tokens: near 1 the merge cannot tell the tasks apart there, and
+   goes on well once the first token is given; near the first tokens' share of all tokens the harm
+   is even.
 """
