@@ -64,3 +64,31 @@ def norm_preserving_mean(updates: Sequence[LowRank], weights: Sequence[float]) -
         return merged * 0.0
     target = sum(abs(w) * norm(update) for update, w in zip(updates, weights, strict=True)) / mass
     return merged * (target / length)
+
+
+def equal_norm_mean(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """The mean of the updates after each is scaled to one norm: Σ wᵢ (n̄ / ‖ΔWᵢ‖) ΔWᵢ / Σ wᵢ,
+    n̄ = Σ |wᵢ| ‖ΔWᵢ‖ / Σ |wᵢ|.
+
+    Learning rate, steps and rank decide how long an update is, not how much its task needs; in a
+    plain mean a long one drowns a short one. Per module; only the ratios of the weights matter; a
+    zero update stays zero, and its share of the mean is empty.
+
+    Assumes: that an update serves its task over a range of lengths (a finished adapter at half its
+    length keeps nearly all of its gain).
+    Fails: where a module of one adapter is short because it hardly matters: its noise is stretched.
+    Cost: (out + in) · (Σ r)² a module; no ΔW is formed.
+    Source: none known to us; measured in docs/LOG.md.
+    """
+    norms = [norm(update) for update in updates]
+    mass = sum(abs(weight) for weight in weights)
+    total_weight = sum(weights)
+    if mass == 0 or total_weight == 0:
+        return concat(updates, [0.0 * weight for weight in weights])
+    target = sum(abs(w) * length for w, length in zip(weights, norms, strict=True)) / mass
+    # a module that only some adapt keeps its place in the mean: norms are not divided by zero
+    factors = [
+        weight * target / (length * total_weight) if length > 0 else 0.0
+        for weight, length in zip(weights, norms, strict=True)
+    ]
+    return concat(updates, factors)

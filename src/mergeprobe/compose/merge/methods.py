@@ -17,7 +17,7 @@ from mergeprobe.compose.merge.balance import pcb
 from mergeprobe.compose.merge.drop import dare_linear, dare_ties, della, della_linear
 from mergeprobe.compose.merge.fisher import fisher
 from mergeprobe.compose.merge.isolation import core_isolation, core_isolation_lowrank
-from mergeprobe.compose.merge.linear import linear, norm_preserving_mean, total
+from mergeprobe.compose.merge.linear import equal_norm_mean, linear, norm_preserving_mean, total
 from mergeprobe.compose.merge.osrm import osrm
 from mergeprobe.compose.merge.regmean import regmean
 from mergeprobe.compose.merge.routing import ssr
@@ -90,6 +90,13 @@ METHODS: dict[str, Method] = {
         "lowrank",
         "the mean, stretched per module to the mean norm of the updates",
         "a baseline; no paper",
+        weights="ratios",
+    ),
+    "equal_norm_mean": Method(
+        equal_norm_mean,
+        "lowrank",
+        "the mean of the updates, each scaled per module to their mean norm",
+        "ours; no paper known",
         weights="ratios",
     ),
     "ties": Method(
