@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from mergeprobe.adapters.checkpoint import Adapter, read_adapter, write_adapter
 from mergeprobe.compose import METHODS, merge
-from mergeprobe.compose.merge.linear import linear, norm_preserving_mean, total
+from mergeprobe.compose.merge.linear import equal_norm_mean, linear, norm_preserving_mean, total
 from mergeprobe.compose.merge.sign import keep_largest, ties
 from mergeprobe.compose.merge.spectral import svc
 from mergeprobe.errors import AdapterMismatch, MergeError
@@ -49,6 +49,19 @@ def test_norm_preserving_mean_by_hand():
 def test_norm_preserving_mean_of_updates_that_cancel_is_zero():
     merged = norm_preserving_mean([EAST, EAST * -1.0], [0.5, 0.5])
     assert not merged.dense().any()
+
+
+def test_equal_norm_mean_by_hand():
+    # norms 3 and 2, their mean 2.5: (2.5/3 · 3 + 0)/2 and (0 + 2.5/2 · 2)/2
+    merged = equal_norm_mean([EAST, NORTH], [0.5, 0.5]).dense()
+    assert torch.allclose(merged, torch.diag(torch.tensor([1.25, 1.25])))
+    # weights 3 : 1: n̄ = (3·3 + 2)/4 = 2.75, shares ¾ and ¼
+    merged = equal_norm_mean([EAST, NORTH], [3.0, 1.0]).dense()
+    assert torch.allclose(merged, torch.diag(torch.tensor([2.0625, 0.6875])))
+    # who lacks the module keeps its share, as in the mean, and says nothing of the length
+    merged = equal_norm_mean([EAST, EAST * 0.0], [0.5, 0.5]).dense()
+    assert torch.allclose(merged, torch.diag(torch.tensor([1.5, 0.0])))
+    assert not equal_norm_mean([EAST * 0.0, NORTH * 0.0], [0.5, 0.5]).dense().any()
 
 
 def test_ties_by_hand():
@@ -109,7 +122,7 @@ def test_weights_mean_what_the_table_says():
 
     assert torch.allclose(dense("linear", None), dense("mean", None))
     assert torch.allclose(dense("linear", [2, 2]), 2 * dense("linear", [1, 1]))
-    for method in ("norm_preserving_mean", "ties"):
+    for method in ("norm_preserving_mean", "equal_norm_mean", "ties"):
         assert torch.allclose(dense(method, [2, 2]), dense(method, None), atol=1e-6)
 
 

@@ -48,6 +48,13 @@ def norm_preserving(stack):
     return mean * norms(stack).mean() / np.linalg.norm(mean)
 
 
+def equal_norm(stack):
+    lengths = norms(stack)
+    heard = lengths > 0
+    scaled = [one * lengths[heard].mean() / n for one, n in zip(stack, lengths, strict=True) if n]
+    return sum(scaled, np.zeros_like(stack[0])) / len(stack)
+
+
 def ties(stack, density=0.2):
     return agreeing(np.stack([largest(one, density) for one in stack]))
 
@@ -341,6 +348,7 @@ ORACLES = {
     "linear": lambda stack: stack.mean(axis=0),
     "sum": lambda stack: stack.sum(axis=0),
     "norm_preserving_mean": norm_preserving,
+    "equal_norm_mean": equal_norm,
     "ties": ties,
     "svc": svc,
     "slerp": slerp,

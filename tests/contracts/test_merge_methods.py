@@ -210,7 +210,7 @@ def test_another_seed_draws_anew_and_the_same_seed_the_same(name):
 
 
 # what is linear in the updates, so that the coordinates do not matter
-LINEAR = ["mean", "linear", "sum", "norm_preserving_mean", "slerp"]
+LINEAR = ["mean", "linear", "sum", "norm_preserving_mean", "equal_norm_mean", "slerp"]
 # what depends on spectra and inner products alone, which orthonormal coordinates keep
 SPECTRAL = ["svc", "pico", "iso_c", "iso_cts", "wudi_closed", "core_isolation_lowrank"]
 

@@ -68,7 +68,7 @@ def norm_preserving_mean(updates: Sequence[LowRank], weights: Sequence[float]) -
 
 def equal_norm_mean(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """The mean of the updates after each is scaled to one norm: Σ wᵢ (n̄ / ‖ΔWᵢ‖) ΔWᵢ / Σ wᵢ,
-    n̄ = Σ |wᵢ| ‖ΔWᵢ‖ / Σ |wᵢ|.
+    n̄ = Σ |wᵢ| ‖ΔWᵢ‖ / Σ |wᵢ| over the updates that are not zero.
 
     Learning rate, steps and rank decide how long an update is, not how much its task needs; in a
     plain mean a long one drowns a short one. Per module; only the ratios of the weights matter; a
@@ -81,14 +81,16 @@ def equal_norm_mean(updates: Sequence[LowRank], weights: Sequence[float]) -> Low
     Source: none known to us; measured in docs/LOG.md.
     """
     norms = [norm(update) for update in updates]
-    mass = sum(abs(weight) for weight in weights)
-    total_weight = sum(weights)
-    if mass == 0 or total_weight == 0:
-        return concat(updates, [0.0 * weight for weight in weights])
-    target = sum(abs(w) * length for w, length in zip(weights, norms, strict=True)) / mass
-    # a module that only some adapt keeps its place in the mean: norms are not divided by zero
+    heard = [
+        abs(weight) if length > 0 else 0.0 for weight, length in zip(weights, norms, strict=True)
+    ]
+    if sum(heard) == 0 or sum(weights) == 0:
+        return concat(updates, [0.0 for _ in updates])
+    # an adapter that lacks the module keeps its share of the mean but says nothing of the length
+    target = sum(w * length for w, length in zip(heard, norms, strict=True)) / sum(heard)
+    shares = [weight / sum(weights) for weight in weights]
     factors = [
-        weight * target / (length * total_weight) if length > 0 else 0.0
-        for weight, length in zip(weights, norms, strict=True)
+        share * target / length if length > 0 else 0.0
+        for share, length in zip(shares, norms, strict=True)
     ]
     return concat(updates, factors)
