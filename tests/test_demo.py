@@ -66,10 +66,10 @@ def test_everything_is_there(finished):
 def test_outcomes_are_what_they_say(finished):
     folder, _ = finished
     rows = pl.read_parquet(folder.outcomes)
-    # base 3, single 3, deployed 3, by prompt and by mixed logits 6, three whole-set methods 9,
+    # base 3, single 3, deployed 3, by prompt and by mixed logits 6, five whole-set methods 15,
     # truncated 3, and under mean and sum three pairs and one triple: 2 · (6 + 3); truncation to the
     # full rank is a row of its own
-    assert len(rows) == 3 + 3 + 3 + 6 + 9 + 3 + 18
+    assert len(rows) == 3 + 3 + 3 + 6 + 15 + 3 + 18
     assert rows.select("adapter", "set", "method", "rank").is_duplicated().sum() == 0
     alone = rows.filter((pl.col("set") == pl.col("adapter")) & (pl.col("rank").is_null()))
     singles = alone.filter(pl.col("method") == "mean")

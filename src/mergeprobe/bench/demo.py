@@ -24,14 +24,13 @@ from mergeprobe.bench.measure import (
     singles,
     subsets,
 )
-from mergeprobe.bench.outcomes import outcome_rows, truncated
+from mergeprobe.bench.outcomes import WHOLE_SET_METHODS, outcome_rows, truncated
 from mergeprobe.bench.pool import Pool
 from mergeprobe.bench.start import alone, unpack
 from mergeprobe.compose import apply_plan
 from mergeprobe.plan import Plan, read_plan
 
 PARTITION_METHODS = ("mean", "sum")
-WHOLE_SET_METHODS = ("norm_preserving_mean", "ties", "svc")
 
 Notify = Callable[..., None]
 """notify(stage, **data); stages: base, train, step, forecast, note, planned, apply, measure,

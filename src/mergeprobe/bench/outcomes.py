@@ -22,6 +22,7 @@ from mergeprobe.bench.measure import (
 from mergeprobe.evaluate.retention import Retention, SetRetention, retention, set_retention
 from mergeprobe.plan import Action, Plan, read_plan
 
+WHOLE_SET_METHODS = ("norm_preserving_mean", "equal_norm_mean", "ties", "svc", "iso_c")
 ROUTING = "full routing by name"
 TRUNCATED = "routing, truncated to the plan's parameters"
 PLAN = "plan"
@@ -76,9 +77,11 @@ class Outcomes:
     def strategies(self) -> list[Strategy]:
         """The table of the demo: every merge of all adapters, the plan, and its rivals."""
         names, rank = self.config.tasks, self.config.rank
+        wholes = {m: Measurement(m, names, rank) for m in ("mean", "sum", *WHOLE_SET_METHODS)}
         found = [
-            self._strategy(method, dict.fromkeys(names, Measurement(method, names, rank)))
-            for method in ("mean", "sum", "norm_preserving_mean", "ties", "svc")
+            self._strategy(method, dict.fromkeys(names, wanted))
+            for method, wanted in wholes.items()
+            if self._there(wanted)
         ]
         found.append(self._strategy(PLAN, dict.fromkeys(names, Measurement(DEPLOYED, names))))
         cut = {m.adapters[0]: m for m in truncated(self.config, self.plan)}
@@ -87,7 +90,7 @@ class Outcomes:
         found.append(self._strategy(ROUTING, routed))
         for label, method in ((ROUTER, BY_PROMPT), (MIXTURE, LOGITS)):
             wanted = Measurement(method, names)
-            if result_path(self.folder.measured, wanted).exists():  # not in runs before 0.2
+            if self._there(wanted):
                 passes = 1 + len(names) if method == LOGITS else 1
                 found.append(self._strategy(label, dict.fromkeys(names, wanted), passes))
         return found
@@ -95,8 +98,11 @@ class Outcomes:
     def routed(self) -> Measured | None:
         """What a router chose for each test prompt; None in a run that has not measured it."""
         wanted = Measurement(BY_PROMPT, self.config.tasks)
-        there = result_path(self.folder.measured, wanted).exists()
-        return self.measured(wanted) if there else None
+        return self.measured(wanted) if self._there(wanted) else None
+
+    def _there(self, wanted: Measurement) -> bool:
+        """False for what a run of an earlier version did not measure."""
+        return result_path(self.folder.measured, wanted).exists()
 
     def _strategy(
         self, label: str, under: Mapping[str, Measurement], passes: int | None = None

@@ -212,8 +212,10 @@ METHODS: dict[str, Kin] = {
     "sum": Kin(0.0, 1.0),
     "linear": Kin(1.0, 1.25),  # taken as weights that sum to 1
     "norm_preserving_mean": Kin(0.5, 1.25),  # orthogonal updates: weight 1/√T
+    "equal_norm_mean": Kin(1.0, 1.25),  # the mean, less what is drowned in it
     "ties": Kin(0.5, 1.5),  # keeps full size where only one speaks, averages where several do
     "svc": Kin(0.0, 1.25),  # the sum, less what shared directions count twice
+    "iso_c": Kin(0.5, 1.5),  # as long as the sum, every direction alike
 }
 
 
