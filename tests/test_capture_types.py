@@ -14,7 +14,7 @@ from mergeprobe.capture import ProbeRecorder
 from mergeprobe.capture.batch import Batch
 from mergeprobe.capture.checkpoint import probe_checkpoint
 from mergeprobe.capture.sketch import projection
-from mergeprobe.capture.trained import FULL, init_hash
+from mergeprobe.capture.trained import FULL, init_hash, snapshot
 from mergeprobe.errors import ProbeError
 from tests.tiny_base import tiny_model, tiny_tokenizer
 
@@ -283,6 +283,17 @@ def test_further_refusals(tmp_path):
     with pytest.raises(ProbeError, match="trains no weight of its own"):
         ProbeRecorder(plain.requires_grad_(False), path, planned_steps=10)
     assert not list(tmp_path.iterdir()), "refused before anything was written"
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha-wide"])
+def test_a_diverged_run_is_said_to_have_diverged(kind):
+    model = model_of(kind)
+    name, first = next((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    with torch.no_grad():
+        first[0] = torch.nan
+    assert name.startswith("base_model.model.model.layers.0.")
+    with pytest.raises(ProbeError, match=r"layers\.0\..* has NaN or infinite entries"):
+        snapshot(model)
 
 
 def test_inits_are_told_apart():

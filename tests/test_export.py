@@ -470,10 +470,10 @@ def test_a_recipe_adds_a_folders_update_as_it_is(root, deployment, tmp_path):
     export_deployment(deployment, "mergekit", tmp_path / "out", base=root / "base")
     recipe = yaml.safe_load((tmp_path / "out/pair.yml").read_text())
     assert recipe["models"] == [
-        {"model": f"{root / 'base'}+adapters/pair", "parameters": {"weight": 1.0}}
+        {"model": f"{root / 'base'}+./adapters/pair", "parameters": {"weight": 1.0}}
     ]
     read = read_mergekit(tmp_path / "out/pair.yml")
-    assert (read.folders, read.method, read.weights) == (("adapters/pair",), "linear", (1.0,))
+    assert (read.folders, read.method, read.weights) == (("./adapters/pair",), "linear", (1.0,))
     assert "mergekit-yaml pair.yml merged/pair" in (tmp_path / "out/merge.sh").read_text()
 
 

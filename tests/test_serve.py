@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import httpx
 import openai
@@ -466,6 +467,29 @@ def test_without_a_token_only_loopback_names_are_answered(base, folder):
     with TestClient(make_app(engine), base_url="http://127.0.0.1:8000") as client:
         assert client.get("/v1/models").status_code == 200
         assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
+
+
+def test_auto_says_what_the_router_chose(base, folder):
+    from fastapi.testclient import TestClient
+
+    from mergeprobe.compose import read_deployment
+    from mergeprobe.compose.router_file import make_router
+
+    prompts = {"math": [f"{a} + {a} = ?" for a in range(12)], "law": [w * 9 for w in "abcdefghij"]}
+    found = replace(read_deployment(folder / "deployment"), router=make_router(base, prompts))
+    engine = make_engine(base, found, Limits(tokens=600))
+    with TestClient(make_app(engine), base_url="http://127.0.0.1:8000") as client:
+        assert [m["id"] for m in client.get("/v1/models").json()["data"]][-1] == "auto"
+        ask = ASK | {"model": "auto"}
+        for name in prompts:
+            text = client.post("/v1/completions", json=ask | {"prompt": prompts[name][4]}).json()
+            assert (text["model"], text["route"]["model"]) == (name, name)
+            chat = {"model": "auto", "messages": [{"role": "user", "content": prompts[name][4]}]}
+            said = client.post("/v1/chat/completions", json=chat | {"max_tokens": 2}).json()
+            assert said["model"] == name
+            assert said["route"]["certain"] == (not said["route"]["rivals"])
+        whole = client.post("/v1/completions", json=ask | {"prompt": "Zq?!" * 40}).json()
+        assert whole["model"] == whole["route"]["model"] == "base"  # from no known task
 
 
 # ---- the command

@@ -11,14 +11,24 @@ from transformers import GenerationConfig
 
 from mergeprobe.adapters.attach import attached
 from mergeprobe.adapters.checkpoint import WEIGHTS
+from mergeprobe.compose.deployment import (
+    Entry,
+    LogitGroup,
+    read_deployment,
+    write_deployment,
+)
+from mergeprobe.compose.executor import Executor
 from mergeprobe.compose.logits import Composition, composed
 from mergeprobe.compose.router_file import make_router
 from mergeprobe.errors import AdapterError, AdapterMismatch, BaseModelError, DeploymentError
+from mergeprobe.plan import Action, Route
 from mergeprobe.serve.batch import check_decoder
 from mergeprobe.serve.catalogue import Catalogue, Source, Target, catalogue_of
 from mergeprobe.serve.engine import Engine, Limits
 from mergeprobe.serve.job import Failure, Piece
+from mergeprobe.serve.resident import Resident
 from mergeprobe.serve.sampling import Sampling, next_tokens
+from mergeprobe.serve.server import make_engine
 from mergeprobe.serve.text import Text
 
 PROMPTS = ["one and two", "a", "what is 3 + 4? " * 6, "Hello!"]
@@ -165,6 +175,46 @@ def test_auto_asks_the_router(base, deployment, alone):
         engine.unload("code")
         failed = Answer(engine, asked(engine, texts[5], None, routed_by=ids)).wait()
         assert (failed.status, "'code' is not served" in failed.message) == (503, True)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_deployment_that_composes_and_routes(base, deployment, gated, tmp_path):
+    """Against the executor, on a model of its own."""
+    prompts = {
+        "math": [f"{a} + {a * 3 % 7} = ?" for a in range(12)],
+        "code": [f"print('{word}')" for word in "abcdefghijkl"],
+        "law": [f"Is it {word} to Do so" for word in "abcdefghijkl"],
+    }
+    group = LogitGroup(("math", "code"), (0.6, 0.4), "mixture", gated=gated)
+    logits = {n: Entry("both", n, Action.logits, "mixture", 0.0, 0.0) for n in group.adapters}
+    made = replace(
+        deployment,
+        route=Route(by="prompt"),
+        serving={name: deployment.serving[name] for name in NAMES},
+        entries=logits | {"law": deployment.entries["law"]},
+        compositions={"both": group},
+        router=make_router(base, prompts),
+    )
+    write_deployment(made, tmp_path / "deployment", full_routing=1)
+    found = read_deployment(tmp_path / "deployment")
+    other = copy.deepcopy(base.model)
+    other.generation_config = GenerationConfig(do_sample=False, max_new_tokens=15, pad_token_id=0)
+    executor = Executor(other, base.tokenizer, found)
+    texts = [texts[3] for texts in prompts.values()]
+    engine = make_engine(base, found, Limits(tokens=400, rows=5))
+    assert list(engine.catalogue.targets) == ["base", "both", "math", "code", "law"]
+    with running(engine):
+        answers = {}
+        for name in ("both", "math", "law", "auto"):
+            for text in texts:
+                model = None if name == "auto" else name
+                ask = asked(engine, text, model, max_tokens=15)
+                answers[name, text] = Answer(engine, ask)
+        for (name, text), answer in answers.items():
+            assert answer.wait().tokens == 15
+            wanted = executor.generate(name, [text])
+            assert ["".join(piece.text for piece in answer.pieces)] == wanted
+    assert {answers["auto", text].job.routed.model for text in texts} >= {"math", "law"}
 
 
 # ---- residency
@@ -352,7 +402,15 @@ def test_logits_that_are_no_numbers_fail_their_request_only(base, deployment, al
 
 
 def replace_factors(update):
-    return replace(update, B=update.B * float("inf"))
+    return replace(update, B=update.B * 1e38)
+
+
+def test_an_adapter_that_overflows_the_models_dtype_is_not_attached(base, deployment):
+    adapter = deployment.serving["math"]
+    huge = {name: replace(update, B=update.B * 1e6) for name, update in adapter.modules.items()}
+    source = Source("huge", None, replace(adapter, modules=huge))
+    with pytest.raises(AdapterError, match=r"'huge' has entries in .* overflow torch.float16"):
+        Resident(copy.deepcopy(base.model).half(), 2).ensure([source], ())
 
 
 def test_only_full_attention_is_decoded(base):

@@ -41,8 +41,8 @@ def attached_rows(model: nn.Module, updates: Sequence[Mapping[str, LowRank]]) ->
     """Within the block each row of a batch runs with the update that `Rows.choose` gave it.
 
     updates: module name -> ΔW, one mapping for each adapter; ranks and modules may differ. One
-    forward pass serves all of them: every adapted module adds two batched products, padded with
-    zeros to the largest rank, and the row's choice picks the factors. The hooks go on any exit.
+    forward pass serves all of them: every adapted module adds two products, padded with zeros to
+    the largest rank, and the row's choice picks the factors. The hooks go on any exit.
     Raises AdapterMismatch, with the model untouched, for an update that does not fit.
     """
     rows = Rows(len(updates))
@@ -62,22 +62,24 @@ def attached_rows(model: nn.Module, updates: Sequence[Mapping[str, LowRank]]) ->
 
 def _stacked(
     updates: Sequence[LowRank | None],
-) -> tuple[Float[Tensor, "n in r"], Float[Tensor, "n r out"]]:
+) -> tuple[Float[Tensor, "in n r"], Float[Tensor, "n r out"]]:
     """Aᵀ and Bᵀ of every update; zeros where one is None, and a last entry of zeros for NONE."""
     held = [update for update in updates if update is not None]
     width, (out, into) = max(update.r for update in held), held[0].shape
-    down = held[0].A.new_zeros(len(updates) + 1, into, width)
+    down = held[0].A.new_zeros(into, len(updates) + 1, width)
     up = held[0].B.new_zeros(len(updates) + 1, width, out)
     for position, update in enumerate(updates):
         if update is not None:
-            down[position, :, : update.r] = update.A.T
+            down[:, position, : update.r] = update.A.T
             up[position, : update.r] = update.B.T
     return down, up
 
 
 def _adding(
-    name: str, rows: Rows, down: Float[Tensor, "n in r"], up: Float[Tensor, "n r out"]
+    name: str, rows: Rows, down: Float[Tensor, "in n r"], up: Float[Tensor, "n r out"]
 ) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+    owners = torch.arange(up.shape[0], device=up.device).repeat_interleave(up.shape[1])
+
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         x, index = args[0], rows.index
         if index is None:
@@ -88,7 +90,15 @@ def _adding(
                 "tokens, width), one row for each choice"
             )
         index = index.to(x.device)
-        added = torch.bmm(torch.bmm(x.to(down.dtype), down[index]), up[index])
+        if x.shape[1] == 1 and len(index) >= rows.count:
+            # one token a row: a copy of each row's factors would cost more than the products, so
+            # all updates are multiplied at once and each row keeps its own
+            inner = x[:, 0].to(down.dtype) @ down.flatten(1)
+            own = inner.masked_fill(owners != index[:, None], 0)
+            added = (own @ up.flatten(0, 1))[:, None]
+        else:
+            picked = down[:, index].transpose(0, 1)
+            added = torch.bmm(torch.bmm(x.to(down.dtype), picked), up[index])
         return output + added.to(output.dtype)
 
     return hook

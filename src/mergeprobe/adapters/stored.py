@@ -91,6 +91,7 @@ class Contents:
             if update.r == 0:  # AdaLoRA pruned it away: no update, and no shape to trust
                 return
             if self.rank is not None and update.r > self.rank:
+                _refuse_diverged(module, update.B, update.A)
                 update, self.truncation[module] = truncate(update, self.rank)
             self.modules[module] = update
             return
@@ -98,8 +99,18 @@ class Contents:
         if rank is None or rank >= min(update.shape):
             self.modules[module] = full_rank(update)
         else:
+            _refuse_diverged(module, update)
             cut, self.truncation[module] = factor(update, rank)
             self.modules[module] = cut.to(torch.float32)
+
+
+def _refuse_diverged(module: str, *values: Tensor) -> None:
+    """Before a truncation, which has no answer for it and would end in an error of torch's."""
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise AdapterError(
+            f"'{module}' has NaN or infinite entries: its training diverged, and it cannot be cut "
+            "to a rank"
+        )
 
 
 def check_rank(stored: Stored, rank: int) -> None:

@@ -38,7 +38,8 @@ def recipe_files(
             if card["method"] in RANDOM:
                 note = "# drawn at random: the same chances as the deployment's, other draws\n"
         else:
-            config = recipe("task_arithmetic", shipment.base, {one.path: 1.0})
+            # a path of one '/' is asked for on the hub
+            config = recipe("task_arithmetic", shipment.base, {f"./{one.path}": 1.0})
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         found[f"{one.name}.yml"] = note + text
     return found

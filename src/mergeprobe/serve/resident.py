@@ -8,7 +8,7 @@ from typing import Any
 
 from mergeprobe.adapters.attach import placed
 from mergeprobe.adapters.rows import NONE, Rows, attached_rows
-from mergeprobe.errors import DeploymentError
+from mergeprobe.errors import AdapterError, DeploymentError
 from mergeprobe.lowrank import LowRank
 from mergeprobe.serve.catalogue import Source, Target
 
@@ -50,7 +50,7 @@ class Resident:
             surplus = len(self.held) + len(missing) - self.limit
             if surplus > len(leaving):
                 return False
-            ready = {source: placed(self.model, source.read()) for source in missing}
+            ready = {source: self._ready(source) for source in missing}
             self._change(ready, leaving[: max(0, surplus)])
         for source in sources:
             self.held[source] = self.held.pop(source)
@@ -69,6 +69,16 @@ class Resident:
     def close(self) -> None:
         self.held.clear()
         self._attach()
+
+    def _ready(self, source: Source) -> Mapping[str, LowRank]:
+        """On the device. Entries that overflow the model's dtype would spoil other rows too."""
+        updates = placed(self.model, source.read())
+        for name, update in updates.items():
+            if not (update.A.isfinite().all() and update.B.isfinite().all()):
+                raise AdapterError(
+                    f"'{source.name}' has entries in '{name}' that overflow {update.B.dtype}"
+                )
+        return updates
 
     def _change(
         self, coming: Mapping[Source, Mapping[str, LowRank]], leaving: Sequence[Source]
