@@ -319,7 +319,7 @@ def test_unknown_method(capsys, world, tmp_path):
 
 @pytest.mark.parametrize(
     ("action", "words"),
-    [("melt", "got 'melt'"), ("isolate", "needs a method"), ("logits", "not built")],
+    [("melt", "got 'melt'"), ("isolate", "needs a method"), ("logits", "needs a method")],
 )
 def test_unknown_action(capsys, world, tmp_path, action, words):
     group = {"name": "math", "adapters": ["math"], "action": action}
@@ -481,7 +481,7 @@ def test_a_plan_for_another_base(capsys, tmp_path):
         ({"groups": []}, "stand in no group"),
         ({"colour": 1}, "unknown field 'colour'"),
         ({"adapters": []}, "not among the plan's adapters"),
-        ({"route": {"by": "prompt"}}, "routes by prompt, which is not built yet"),
+        ({"route": {"by": "prompt"}}, "routes by prompt, so a router has to be made: give --base"),
     ],
 )
 def test_a_malformed_plan(capsys, world, tmp_path, change, words):

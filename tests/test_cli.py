@@ -560,7 +560,7 @@ def test_the_demo_from_the_command_line(finished, capsys):
     assert "Traceback" not in err
     assert "training math, instruction, safety" in err
     assert len(found["adapters"]) == 3
-    assert len(found["strategies"]) == 8
+    assert len(found["strategies"]) == 12
     for name in ("signals.parquet", "plan.json", "deployment", "outcomes.parquet", "report.html"):
         assert (out / name).exists()
     assert json.loads(printed(capsys, "evaluate", out, "--json")) == found

@@ -11,7 +11,7 @@ import typer
 SERVE = (
     "mergeprobe serve deployment/",
     "mergeprobe serve deployment/ --base ./base --port 8080 --pin math --max-adapters 4",
-    "MERGEPROBE_TOKEN=secret mergeprobe serve deployment/ --host 0.0.0.0",
+    "mergeprobe serve deployment/ --host 0.0.0.0 --token secret",
 )
 
 

@@ -156,11 +156,6 @@ def _check_weights(name: str, planned: str, adapter: Adapter) -> None:
 
 def _check_group(group: Group) -> None:
     where = f"group '{group.name}'"
-    if group.action not in CARRY_OUT:
-        raise PlanError(
-            f"{where}: action '{group.action}' is not built yet; "
-            f"built are {', '.join(action.value for action in CARRY_OUT)}"
-        )
     if group.pruned and group.action is not Action.prune:
         raise PlanError(
             f"{where} prunes components but its action is '{group.action}'; use action 'prune'"
