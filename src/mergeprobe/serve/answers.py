@@ -92,14 +92,9 @@ def asked_for(
             raise Refused(404, str(problem), "model", "model_not_found") from None
     room = engine.limits.tokens - len(ids)
     if max_tokens is None:
-        max_tokens = min(room, default or room)
-    if room < max(1, max_tokens):
-        raise Refused(
-            400,
-            f"{len(ids)} tokens of prompt and {max_tokens} of answer are more than the "
-            f"{engine.limits.tokens} that this server takes",
-            code="context_length_exceeded",
-        )
+        max_tokens = max(1, min(room, default or room))
+    if room < max_tokens:
+        raise too_long(engine, len(ids), max_tokens)
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return Asked(
         ids=tuple(ids),
@@ -114,6 +109,15 @@ def asked_for(
         stops=stops,
         ignore_eos=body.ignore_eos,
         routed_by=tuple(routed_by),
+    )
+
+
+def too_long(engine: Engine, prompt: int, answer: int) -> Refused:
+    return Refused(
+        400,
+        f"{prompt} tokens of prompt and {answer} of answer are more than the "
+        f"{engine.limits.tokens} that this server takes",
+        code="context_length_exceeded",
     )
 
 

@@ -23,6 +23,7 @@ from mergeprobe.serve.answers import (
     answered,
     asked_for,
     error_response,
+    too_long,
 )
 from mergeprobe.serve.catalogue import AUTO, BASE, Target, check_free
 from mergeprobe.serve.engine import Engine
@@ -99,6 +100,8 @@ def _decoding(app: FastAPI, engine: Engine) -> None:
         ids = await run_in_threadpool(chat_ids, tokenizer, body.messages)
         by = text_ids(tokenizer, routed_text(body.messages)) if engine.router else []
         given = [most for most in (body.max_tokens, body.max_completion_tokens) if most is not None]
+        if max(given, default=0) >= engine.limits.tokens:
+            raise too_long(engine, len(ids), max(given))
         asked = asked_for(engine, body, ids, by, min(given, default=None), None)
         return await answered(engine, asked, body, request, CHAT)
 

@@ -268,8 +268,12 @@ class Engine:
             if not finite:
                 what = Failure(500, f"'{job.target.name}' gave logits that are no numbers")  # type: ignore[union-attr]
                 self._end(job, "failed", what, spoiled=True)
-            elif job.take(token, self.ends) is not None:
+                continue
+            piece = job.take(token, self.ends)
+            if piece is not None and piece.reason is not None:
                 self._end(job, "done")
+            if piece is not None:
+                job.tell(piece)
 
     def _end(
         self, job: Job, how: str, failure: Failure | None = None, *, spoiled: bool = False

@@ -102,8 +102,8 @@ class Job:
         self.sequence = Sequenced(self.target, list(self.asked.ids), self.weights or ())
         return self.sequence
 
-    def take(self, token: int, ends: Sequence[int]) -> Reason | None:
-        """One more token: tells its text, and returns why the answer ends with it, if so."""
+    def take(self, token: int, ends: Sequence[int]) -> Piece | None:
+        """One more token: what there is to tell of it, with a reason where the answer ends."""
         assert self.sequence is not None
         assert self.text is not None
         assert self.target is not None
@@ -119,6 +119,6 @@ class Job:
             text += self.text.close()
             if self.text.stopped:  # a stop string in what was held back
                 reason = "stop"
-        if text or reason or self.answered == 1:
-            self.tell(Piece(text, self.target.name, self.answered, reason, self.routed))
-        return reason
+        if not (text or reason or self.answered == 1):
+            return None
+        return Piece(text, self.target.name, self.answered, reason, self.routed)

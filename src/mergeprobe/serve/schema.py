@@ -16,7 +16,15 @@ def whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def truth(value: Any) -> Any:
+    """JSON tells 0 from false, Python does not."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError("Input should be false")
+    return value
+
+
 WHOLE = BeforeValidator(whole)
+No = Annotated[Literal[False], BeforeValidator(truth)]
 # no path: neither separators nor a dot in front (the names that a plan allows)
 NAME = r"^[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$"
 Name = Annotated[str, Field(pattern=NAME, max_length=200)]
@@ -39,7 +47,8 @@ class _Request(_Strict):
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
+    # the integers that every reader of JSON agrees about
+    seed: Annotated[int, Field(ge=-(2**53), le=2**53), WHOLE] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -74,14 +83,14 @@ class ResponseFormat(_Strict):
 class ChatRequest(_Request):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: No | None = None
     response_format: ResponseFormat | None = None
 
 
 class CompletionRequest(_Request):
     prompt: str | Annotated[list[Annotated[int, WHOLE]], Field(min_length=1)]
     best_of: One | None = None
-    echo: Literal[False] | None = None
+    echo: No | None = None
     logprobs: None = None
     suffix: None = None
 
