@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from tiny_base import tiny_model, write_tiny_base
 
 from mergeprobe.adapters.base import load_base
+from mergeprobe.compose.classifier import fit_classifier
 from mergeprobe.compose.router import (
     SHRINKAGE,
     SLACK,
@@ -82,6 +83,37 @@ def test_same_prompts_are_not_promised():
     assert not any(choice.certain for choice in found if choice.name)
     assert {choice.rivals for choice in found if choice.name} <= {("t0",), ("t1",)}
     assert 0.3 < float(router.separation[0, 1]) < 0.7
+
+
+def test_the_classifier_is_logistic_regression():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    parts = [rows.double() for rows in clouds(0.0, 2.0, 4.0)]
+    found = fit_classifier(parts)
+    labels = [k for k, rows in enumerate(parts) for _ in rows]
+    theirs = linear_model.LogisticRegression(C=1.0, tol=1e-10, max_iter=5000)
+    theirs.fit(torch.cat(parts).numpy(), labels)
+    points = torch.cat(clouds(0.0, 2.0, 4.0, seed=9)).double()
+    expected = torch.tensor(theirs.predict_proba(points.numpy()))
+    assert torch.allclose(found(points).softmax(1), expected, atol=1e-4)
+
+
+def test_a_trained_router_chooses_by_its_classifier_and_abstains_by_distance(tmp_path):
+    states = dict(zip(("a", "b", "c"), clouds(0.0, 6.0, 40.0), strict=True))
+    router = fit_router(states, layer=2, trained=True)
+    write_router(router, tmp_path / "r.safetensors")
+    router = read_router(tmp_path / "r.safetensors")
+    rows = torch.cat(clouds(0.0, 6.0, 40.0, seed=5))
+    scores = router.classifier(router.whitening(rows))
+    found = router.choose(rows)
+    for choice, likely in zip(found, scores.argmax(1).tolist(), strict=True):
+        assert choice.name in (None, router.names[likely])
+    assert [choice.name for choice in found].count(None) < 10
+    assert torch.allclose(router.gates(rows), scores.softmax(1).T)
+    far = router.choose(torch.cat(clouds(200.0)))
+    assert all(choice.name is None for choice in far)
+    # the same prompts are not told apart by training either
+    alike = fit_router(dict(zip("ab", clouds(0.0, 0.0), strict=True)), layer=2, trained=True)
+    assert alike.rivals("a") == ("b",)
 
 
 def test_gates_are_a_mixture():

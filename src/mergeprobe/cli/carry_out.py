@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergeprobe.cli.options import Force, Json, ReadingBase, ReadingRank
-from mergeprobe.cli.routing import RouterProbes, RouterPrompts, router_of
+from mergeprobe.cli.routing import RouterProbes, RouterPrompts, Trained, router_of
 from mergeprobe.errors import PlanError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def apply(
     base: ReadingBase = None,
     probes: RouterProbes = None,
     prompts: RouterPrompts = None,
+    trained_router: Trained = False,
     read_rank: ReadingRank = None,
     force: Force = False,
     json: Json = False,
@@ -68,7 +69,7 @@ def apply(
         read_adapters(given, base, rank=read_rank),
         out,
         probes=probes_of(probes) if probes else None,
-        router=_router(wanted, base, probes, prompts),
+        router=_router(wanted, base, probes, prompts, trained_router),
         force=force,
     )
     if json:
@@ -94,7 +95,11 @@ def apply(
 
 
 def _router(
-    plan: Plan, base: str | None, probes: list[Path] | None, prompts: Path | None
+    plan: Plan,
+    base: str | None,
+    probes: list[Path] | None,
+    prompts: Path | None,
+    trained: bool,
 ) -> Router | None:
     """The router that the plan needs, None if it needs none."""
     from mergeprobe.adapters.base import load_base
@@ -109,7 +114,7 @@ def _router(
             "--prompts"
         )
     with show.working("reading prompts") as progress:
-        return router_of(load_base(base, notify=progress), probes, prompts)
+        return router_of(load_base(base, notify=progress), probes, prompts, trained=trained)
 
 
 def _paths(plan: Plan) -> list[Path]:

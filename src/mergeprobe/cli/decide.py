@@ -19,6 +19,7 @@ from mergeprobe.cli.options import (
     PredictorFolder,
     Sources,
 )
+from mergeprobe.cli.routing import Trained
 
 if TYPE_CHECKING:
     from mergeprobe.predict.forecast import Forecaster
@@ -116,6 +117,7 @@ def plan(
             "--base, and probes with calibration items)."
         ),
     ] = RouteBy.name,
+    trained_router: Trained = False,
     budget: Budget = None,
     items: Items = 16,
     predictor: PredictorFolder = None,
@@ -145,7 +147,9 @@ def plan(
             keep_ranks=keep_ranks,
             together=[names.split(",") for names in together or ()],
             route_by=route_by.value,
-            prompt_auc=_prompt_auc(forecaster) if route_by is RouteBy.prompt else None,
+            prompt_auc=_prompt_auc(forecaster, trained_router)
+            if route_by is RouteBy.prompt
+            else None,
         )
     if out is not None:
         write_plan(made, out, force=force)
@@ -182,13 +186,13 @@ def _forecaster(
     return forecast_probes(probes, model=tier, predictor=learned, progress=progress)
 
 
-def _prompt_auc(forecaster: Forecaster) -> dict[tuple[str, str], float]:
+def _prompt_auc(forecaster: Forecaster, trained: bool) -> dict[tuple[str, str], float]:
     """How well each two adapters' calibration prompts separate, as a router would see them."""
     from mergeprobe.compose.router_file import router_from_probes
 
     if forecaster.model is None:
         raise typer.BadParameter("prompts are read with the base model", param_hint="--base")
-    router = router_from_probes(forecaster.model.base, forecaster.probes)
+    router = router_from_probes(forecaster.model.base, forecaster.probes, trained=trained)
     pairs = combinations(range(len(router.names)), 2)
     return {(router.names[a], router.names[b]): float(router.separation[a, b]) for a, b in pairs}
 

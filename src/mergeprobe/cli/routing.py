@@ -38,6 +38,15 @@ RouterPrompts = Annotated[
     ),
 ]
 
+Trained = Annotated[
+    bool,
+    typer.Option(
+        "--trained-router",
+        help="For a router: choose by a classifier trained on the prompts' states, not by the "
+        "nearest centroid.",
+    ),
+]
+
 
 def route(
     prompts: Annotated[
@@ -54,6 +63,7 @@ def route(
         str | None,
         typer.Option("--base", help="Base model.", show_default="the deployment's"),
     ] = None,
+    trained: Trained = False,
     json: Json = False,
 ) -> None:
     """Say which adapter a prompt is for, and how sure that is.
@@ -77,7 +87,7 @@ def route(
             loaded = load_base(_needed(base or name), notify=progress)
         else:
             loaded = load_base(_needed(base), notify=progress)
-            router = router_of(loaded, probes, examples)
+            router = router_of(loaded, probes, examples, trained=trained)
             assert router is not None
         choices = routed(router, loaded, texts)
     if json:
@@ -118,7 +128,11 @@ def _deployed(folder: Path) -> tuple[Router, str]:
 
 
 def router_of(
-    base: Base | None, probes: Sequence[Path] | None, prompts: Path | None
+    base: Base | None,
+    probes: Sequence[Path] | None,
+    prompts: Path | None,
+    *,
+    trained: bool = False,
 ) -> Router | None:
     """A router from whichever is given, None if neither or no base model is."""
     from mergeprobe.cli.asked import probes_of
@@ -128,11 +142,11 @@ def router_of(
     if base is None or (probes is None and prompts is None):
         return None
     if prompts is None:
-        return router_from_probes(base, list(probes_of(probes or ()).values()))
+        return router_from_probes(base, list(probes_of(probes or ()).values()), trained=trained)
     files = sorted(p for p in prompts.glob("*") if p.suffix in (".jsonl", ".txt"))
     if not files:
         raise DataError(f"'{prompts}' holds no NAME.jsonl or NAME.txt with example prompts")
-    return make_router(base, {path.stem: read_prompts(path) for path in files})
+    return make_router(base, {path.stem: read_prompts(path) for path in files}, trained=trained)
 
 
 def _told(text: str, choice: Choice) -> dict[str, Any]:

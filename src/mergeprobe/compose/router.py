@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mergeprobe.capture.batch import Batch
 from mergeprobe.capture.probe import Calibration
+from mergeprobe.compose.classifier import Classifier, fit_classifier
 from mergeprobe.errors import DataError, DeploymentError
 from mergeprobe.plan import SEPARABLE
 
@@ -69,6 +70,8 @@ class Router:
 
     layer: whose states are read, 1 … layers. separation: (k, k) AUC between the prompts of two
     tasks, cross-fitted; 1 on the diagonal. base_fingerprint: of the model that it was made with.
+    classifier: chooses among the tasks in place of the distances, which still say what is too far
+    from the chosen one.
     """
 
     names: tuple[str, ...]
@@ -78,6 +81,7 @@ class Router:
     thresholds: Float[Tensor, " k"]
     separation: Float[Tensor, "k k"]
     base_fingerprint: str | None = None
+    classifier: Classifier | None = None
 
     def distances(self, states: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
         """Squared distances to every centroid over that task's threshold; ≥ 0."""
@@ -85,9 +89,10 @@ class Router:
 
     def choose(self, states: Float[Tensor, "n d"]) -> list[Choice]:
         found = []
-        for row in self.distances(states):
+        distances = self.distances(states)
+        scores = self._scores(self.whitening(states)) if self.classifier else -distances
+        for row, near in zip(distances, scores.argmax(1).tolist(), strict=True):
             order = row.argsort().tolist()
-            near = order[0]
             rivals = self.rivals(self.names[near])
             known = {self.names[k]: float(row[k]) for k in order}
             name = self.names[near] if row[near] <= 1 else None
@@ -108,11 +113,17 @@ class Router:
         if unknown := sorted(set(names) - set(self.names)):
             raise DeploymentError(f"the router knows no {unknown}; it knows {list(self.names)}")
         wanted = [self.names.index(name) for name in names]
-        halves = -squared(self.whitening(states), self.centroids[wanted]) / 2
+        halves = self._scores(self.whitening(states))[:, wanted]
         if top is not None:
             least = halves.topk(min(top, len(names)), dim=1).values[:, -1:]
             halves = halves.masked_fill(halves < least, -math.inf)
         return halves.softmax(1).T
+
+    def _scores(self, white: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
+        """Log-probabilities of the tasks, each as likely as any other, up to a constant."""
+        if self.classifier is not None:
+            return self.classifier(white)
+        return -squared(white, self.centroids) / 2
 
     def rivals(self, name: str) -> tuple[str, ...]:
         """The tasks whose prompts can't be told from this one's."""
@@ -121,9 +132,15 @@ class Router:
 
 
 def fit_router(
-    states: Mapping[str, Float[Tensor, "n d"]], *, layer: int, fingerprint: str | None = None
+    states: Mapping[str, Float[Tensor, "n d"]],
+    *,
+    layer: int,
+    fingerprint: str | None = None,
+    trained: bool = False,
 ) -> Router:
     """From `prompt_states` of some prompts of every task, at least FEWEST each, better 32.
+
+    trained: a classifier on the whitened states chooses, not the nearest centroid.
 
     Thresholds and separation are cross-fitted in FOLDS parts: each prompt is judged by centroids
     and a covariance that never saw it.
@@ -137,12 +154,16 @@ def fit_router(
         raise DataError("no tasks to route between: got no example prompts")
     parts = [rows.double() for rows in states.values()]
     held = [torch.zeros(len(rows), len(parts), dtype=torch.float64) for rows in parts]
+    against = [rows.clone() for rows in held]  # lower: more likely of that task
     for fold in range(FOLDS):
         inside = [torch.arange(len(rows)) % FOLDS == fold for rows in parts]
         kept = [rows[~own] for rows, own in zip(parts, inside, strict=True)]
         whitening, centroids = _fitted(kept)
-        for distances, rows, own in zip(held, parts, inside, strict=True):
-            distances[own] = squared(whitening(rows[own]), centroids)
+        classifier = fit_classifier([whitening(rows) for rows in kept]) if trained else None
+        for distances, score, rows, own in zip(held, against, parts, inside, strict=True):
+            white = whitening(rows[own])
+            distances[own] = squared(white, centroids)
+            score[own] = distances[own] if classifier is None else -classifier(white)
     whitening, centroids = _fitted(parts)
     own = [float(distances[:, k].max()) for k, distances in enumerate(held)]
     return Router(
@@ -151,8 +172,9 @@ def fit_router(
         whitening,
         centroids,
         torch.tensor(own, dtype=torch.float64) * SLACK,
-        _separation(held),
+        _separation(against),
         fingerprint,
+        fit_classifier([whitening(rows) for rows in parts]) if trained else None,
     )
 
 
@@ -174,7 +196,8 @@ def squared(points: Float[Tensor, "n d"], centroids: Float[Tensor, "k d"]) -> Fl
 
 
 def _separation(held: Sequence[Float[Tensor, "n k"]]) -> Float[Tensor, "k k"]:
-    """AUC of the difference of two distances between the two tasks' own prompts."""
+    """AUC of the difference of two distances (or of two negated scores of a classifier) between the
+    two tasks' own prompts."""
     found = torch.ones(len(held), len(held), dtype=torch.float64)
     for a, b in combinations(range(len(held)), 2):
         ours, theirs = (rows[:, b] - rows[:, a] for rows in (held[a], held[b]))

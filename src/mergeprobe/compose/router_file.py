@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from mergeprobe.adapters.base import Base
 from mergeprobe.artefact import MADE_BY, atomic_file, check_schema
 from mergeprobe.capture.probe import Probe
+from mergeprobe.compose.classifier import Classifier
 from mergeprobe.compose.router import (
     Choice,
     Router,
@@ -28,19 +29,22 @@ from mergeprobe.errors import BaseModelError, DataError, DeploymentError
 ROUTER = "router.safetensors"
 ROUTER_SCHEMA = 1
 TENSORS = ("spread", "basis", "within", "centroids", "thresholds", "separation")
+TRAINED = ("weight", "bias")  # of a classifier, where there is one
 
 
-def make_router(base: Base, prompts: Mapping[str, Sequence[str]]) -> Router:
-    """From example prompts of every task, at least eight each, better 32."""
+def make_router(
+    base: Base, prompts: Mapping[str, Sequence[str]], *, trained: bool = False
+) -> Router:
+    """From example prompts of every task, at least eight each, better 32; see `fit_router`."""
     layer = router_layer(base.model)
     states = {
         name: prompt_states(base.model, *tokenised(base, texts), layer=layer)
         for name, texts in prompts.items()
     }
-    return fit_router(states, layer=layer, fingerprint=base.fingerprint)
+    return fit_router(states, layer=layer, fingerprint=base.fingerprint, trained=trained)
 
 
-def router_from_probes(base: Base, probes: Sequence[Probe]) -> Router:
+def router_from_probes(base: Base, probes: Sequence[Probe], *, trained: bool = False) -> Router:
     """From the prompts of the probes' calibration items. DataError for a probe without any."""
     layer = router_layer(base.model)
     states = {}
@@ -53,7 +57,7 @@ def router_from_probes(base: Base, probes: Sequence[Probe]) -> Router:
             )
         ids, mask = prompts_of(kept)
         states[probe.name] = prompt_states(base.model, ids.long(), mask, layer=layer)
-    return fit_router(states, layer=layer, fingerprint=base.fingerprint)
+    return fit_router(states, layer=layer, fingerprint=base.fingerprint, trained=trained)
 
 
 def route(router: Router, base: Base, prompts: Sequence[str]) -> list[Choice]:
@@ -90,6 +94,8 @@ def write_router(router: Router, path: str | Path, *, force: bool = True) -> Non
         "thresholds": router.thresholds,
         "separation": router.separation,
     }
+    if router.classifier is not None:
+        tensors |= {"weight": router.classifier.weight, "bias": router.classifier.bias}
     header = {
         "schema": ROUTER_SCHEMA,
         "made_by": MADE_BY,
@@ -111,7 +117,9 @@ def read_router(path: str | Path) -> Router:
     try:
         with safe_open(str(path), framework="pt") as file:
             header: dict[str, Any] = json.loads((file.metadata() or {})["router"])
-            tensors = {name: file.get_tensor(name).double() for name in TENSORS}
+            there = [name for name in TRAINED if name in file.keys()]
+            names = [*TENSORS, *(TRAINED if there else ())]
+            tensors = {name: file.get_tensor(name).double() for name in names}
         check_schema(header.get("schema"), ROUTER_SCHEMA, f"'{path}'", DeploymentError)
         names, layer = tuple(map(str, header["names"])), int(header["layer"])
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as problem:
@@ -127,6 +135,7 @@ def read_router(path: str | Path) -> Router:
         tensors["thresholds"],
         tensors["separation"],
         header.get("base_fingerprint"),
+        Classifier(tensors["weight"], tensors["bias"]) if "weight" in tensors else None,
     )
 
 
@@ -139,8 +148,11 @@ def _check_shapes(path: Path, tensors: Mapping[str, torch.Tensor], count: int) -
         "centroids": (count, dim),
         "thresholds": (count,),
         "separation": (count, count),
+        "weight": (count, dim),
+        "bias": (count,),
     }
-    for name, shape in expected.items():
+    for name in tensors:
+        shape = expected[name]
         found = tuple(tensors[name].shape)
         if found != shape or not tensors[name].isfinite().all():
             raise DeploymentError(
