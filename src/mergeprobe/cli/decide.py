@@ -38,8 +38,8 @@ PLAN = (
 
 
 class RouteBy(StrEnum):
-    name = "name"
-    prompt = "prompt"
+    by_name = "name"
+    by_prompt = "prompt"
 
 
 ROUGH = "Uncalibrated: read the intervals as rough."
@@ -116,7 +116,7 @@ def plan(
             help="Who picks the group: the caller by name, or a router by the prompt (needs "
             "--base, and probes with calibration items)."
         ),
-    ] = RouteBy.name,
+    ] = RouteBy.by_name,
     trained_router: Trained = False,
     budget: Budget = None,
     items: Items = 16,
@@ -148,7 +148,7 @@ def plan(
             together=[names.split(",") for names in together or ()],
             route_by=route_by.value,
             prompt_auc=_prompt_auc(forecaster, trained_router)
-            if route_by is RouteBy.prompt
+            if route_by is RouteBy.by_prompt
             else None,
         )
     if out is not None:

@@ -40,8 +40,9 @@ def deployed_retention(
     for name in deployment.entries:
         progress(name)
         batch = batch_of(base, examples[name])
-        alone = [score(base, what, batch).loss for what in (None, adapters[name])]
-        found[name] = retention(*alone, score_deployed(base, deployment, name, batch).loss)
+        without, alone = (score(base, what, batch).loss for what in (None, adapters[name]))
+        deployed = score_deployed(base, deployment, name, batch).loss
+        found[name] = retention(without, alone, deployed)
     return found
 
 
