@@ -33,7 +33,10 @@ from mergeprobe.errors import DataError
 from mergeprobe.evaluate.retention import retention, set_retention
 from mergeprobe.evaluate.score import batch_of, score, score_composed
 
-METHODS = ("mean", "sum", "norm_preserving_mean", "ties", "dare_ties", "svc", "tsv_m", "iso_c")
+METHODS = (
+    *("mean", "sum", "norm_preserving_mean", "equal_norm_mean", "ties"),
+    *("dare_ties", "svc", "tsv_m", "iso_c"),
+)
 
 
 class Opened(NamedTuple):
