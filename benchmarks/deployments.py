@@ -209,7 +209,7 @@ def speeds(pair, batch, tokens, repeats):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, nargs="+")
     parser.add_argument("--below", type=float, default=0.8)
     parser.add_argument("--most", type=int, default=3)

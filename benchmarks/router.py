@@ -93,8 +93,8 @@ def regret(base, path):
         batch = batch_of(base, items)
         chosen = [choice.name for choice in route(router, base, [item.prompt for item in items])]
         losses = score_each(base, adapters, chosen, batch).loss
-        alone = [score(base, one, batch).loss for one in (None, adapters[name])]
-        by_prompt[name] = retention(*alone, losses)
+        without, alone = (score(base, one, batch).loss for one in (None, adapters[name]))
+        by_prompt[name] = retention(without, alone, losses)
         wrong += sum(one != name for one in chosen)
         total += len(chosen)
     print(f"run '{path.name}': {', '.join(tasks)} ({config.control}), one seed")
@@ -112,7 +112,7 @@ def regret(base, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", default="smollm2-135m-instruct-q4")
     parser.add_argument("--run", type=Path, action="append", default=[])
     parser.add_argument("--examples", type=int, default=32)
