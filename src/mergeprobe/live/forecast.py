@@ -146,8 +146,6 @@ def _pairs(
     forecaster: Forecaster, mine: str, others: Sequence[str]
 ) -> tuple[list[PairForecast], dict[str, str]]:
     """Each pair under its better rule, and why for those that cannot be forecast."""
-    from mergeprobe.predict.candidates import METHODS
-
     pairs, failed = [], {}
     for other in others:
         group = (mine, other)
@@ -156,7 +154,7 @@ def _pairs(
                 PairForecast(
                     other, method, *(forecaster.forecast(name, group, method) for name in group)
                 )
-                for method in METHODS
+                for method in forecaster.methods(group)
             ]
         except NotForecastable as problem:
             failed[other] = str(problem)

@@ -11,11 +11,6 @@ from mergeprobe.predict import ridge
 Tier = Literal["weights", "file", "model"]
 
 
-def weight_of(method: str, count: int) -> float:
-    """The weight of each of `count` adapters: 1/T under the mean, 1 under the sum."""
-    return 1.0 if method == "sum" else 1.0 / count
-
-
 def blend(parts: Mapping[str, float], method: str, tier: Tier) -> Forecast:
     """One forecast from its parts; a nominal 90 % interval, uncalibrated.
 

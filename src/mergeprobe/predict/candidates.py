@@ -17,7 +17,6 @@ from mergeprobe.predict.pruning import harmful
 if TYPE_CHECKING:
     from mergeprobe.predict.forecast import Forecaster
 
-METHODS = ("mean", "sum")
 LOGITS_SPREAD = 0.15
 KEPT = Forecast(retention=1.0, low=1.0, high=1.0)
 # reweighting and pruning are tried on up to three adapters whose plain merge is this near the floor
@@ -34,7 +33,7 @@ def candidates(forecaster: Forecaster, names: tuple[str, ...]) -> list[Group]:
     if len(names) == 1:
         return [Group(action=Action.route, forecast={names[0]: KEPT}, **common)]
     found = []
-    for method in METHODS:
+    for method in forecaster.methods(names):
         forecast = {name: forecaster.forecast(name, names, method) for name in names}
         found.append(
             Group(

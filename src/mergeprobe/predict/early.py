@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from mergeprobe.compose import merge
 from mergeprobe.compose.logits import Composition
 from mergeprobe.errors import BaseModelError, NotForecastable
 from mergeprobe.evaluate.score import score_composed
+from mergeprobe.lowrank import norm
 from mergeprobe.predict.states import State, distance, js, kl, state_of, top1_disagreement
 
 LENGTHS = (1, 2, 4, 8, 16, 32)
@@ -59,6 +61,12 @@ class Snapshot:
     def own_gain(self) -> float:
         """[L(θ₀) − L(θ₀ + U)] / L(θ₀), relative: 1 is a perfect fit."""
         return float((self.base_loss.mean() - self.own_loss.mean()) / self.base_loss.mean())
+
+
+    @cached_property
+    def final_norm(self) -> float:
+        """‖ΔW‖ as it is taken to be at the end of training: that of U, `reach` times."""
+        return self.reach * math.hypot(*(norm(u) for u in self.update.modules.values()))
 
 
 @dataclass
@@ -97,6 +105,10 @@ class ModelTier:
                 return found
             self._states[key] = found
         return self._states[key]
+
+    def final_norms(self, names: Sequence[str]) -> dict[str, float]:
+        """Norms of the updates as they are taken to be at the end of training, by name."""
+        return {name: self.snapshots[name].final_norm for name in names}
 
     def set_features(
         self, name: str, group: Sequence[str], method: str = "sum"

@@ -138,8 +138,6 @@ def _of_methods(
     mean, total = (nothing if end is None else end for end in ends)
     between = exponent * mean + (1.0 - exponent) * total
     between = np.where(exponent == 1.0, mean, np.where(exponent == 0.0, total, between))
-    if feature.method == "between":
-        return between
     for method in set(methods.tolist()) - {"mean", "sum", "linear"}:
         exact = source.over(column.format(method), feature)
         if exact is not None:

@@ -33,8 +33,8 @@ class Feature:
     family: of signals, for ablations. over: how the values of several others become one; "harm"
     adds what is missing to a retention of 1. kind: as ridge.TRANSFORMS, without its clipping.
     sign: +1 or −1 where more of the feature surely means more or less retention, else 0.
-    method: "shared" by all, "between" (columns for mean and sum, taken between them by the
-    method's exponent, `{}` in the name), or "own" (a column for each method, else between).
+    method: "shared" by all, or "own": `{}` in the column's name stands for the method; one that has
+    no column lies between the mean and the sum, by its exponent.
     """
 
     column: str
@@ -44,7 +44,7 @@ class Feature:
     over: Literal["first", "sum", "mean", "max", "harm"] = "sum"
     kind: Kind = "linear"
     sign: int = 0
-    method: Literal["shared", "between", "own"] = "shared"
+    method: Literal["shared", "own"] = "shared"
     set_column: str | None = None
 
 
@@ -110,9 +110,9 @@ FEATURES: dict[str, Feature] = {
     "js_divergence": Feature("js_divergence", "pair", "file", "representation", "sum", "log"),
     "js_to_kl": Feature("js_to_kl", "pair", "file", "representation", "sum", "log"),
     "surrogate": Feature(
-        "surrogate_{}", "pair", "file", "surrogate", "harm", "damage", 1, "between"),
+        "surrogate_{}", "pair", "file", "surrogate", "harm", "damage", 1, "own"),
     "set_surrogate": Feature(
-        "surrogate_{}", "set", "file", "surrogate", "harm", "damage", 1, "between"),
+        "surrogate_{}", "set", "file", "surrogate", "harm", "damage", 1, "own"),
     # --- a few forward passes
     "own_gain": _own("own_gain", "model", "own gain", sign=1),
     "log_length": _own("log_c", "model", "own gain"),
@@ -122,33 +122,33 @@ FEATURES: dict[str, Feature] = {
     "disturbance_final": Feature(
         "disturbance_final", "pair", "model", "disturbance", "sum", "log", -1),
     "nonadditivity_late": Feature(
-        "nonadditivity_{}_late", "pair", "model", "disturbance", "sum", "log", -1, "between"),
+        "nonadditivity_{}_late", "pair", "model", "disturbance", "sum", "log", -1, "own"),
     "nonadditivity_final": Feature(
-        "nonadditivity_{}_final", "pair", "model", "disturbance", "sum", "log", -1, "between"),
+        "nonadditivity_{}_final", "pair", "model", "disturbance", "sum", "log", -1, "own"),
     "kl_base_other": Feature("kl_base_other", "pair", "model", "divergence", "sum", "log", -1),
     "kl_own_other": Feature("kl_own_other", "pair", "model", "divergence", "sum", "log", -1),
     "js_own_other": Feature("js_own_other", "pair", "model", "divergence", "sum", "log", -1),
     "top1_disagreement": Feature("top1_disagreement", "pair", "model", "divergence", "sum",
         "linear", -1),
     "kl_merge": Feature(
-        "kl_merge_{}", "pair", "model", "divergence", "sum", "log", -1, "between"),
+        "kl_merge_{}", "pair", "model", "divergence", "sum", "log", -1, "own"),
     "early_transfer": Feature("early_transfer", "pair", "model", "early merge", "sum"),
     "early_retention": Feature(
         "early_retention_{}", "pair", "model", "early merge", "harm", "damage", 1, "own"),
     "extrapolated_merge": Feature(
-        "extrapolated_{}", "pair", "model", "early merge", "harm", "damage", 1, "between"),
+        "extrapolated_{}", "pair", "model", "early merge", "harm", "damage", 1, "own"),
     "joint_gradient_cosine": Feature(
         "joint_gradient_cosine", "pair", "model", "joint point", "sum"),
     "set_disturbance": Feature(
         "disturbance_late", "set", "model", "disturbance", "sum", "log", -1),
     "set_nonadditivity": Feature(
-        "nonadditivity_{}_late", "set", "model", "disturbance", "sum", "log", -1, "between"),
+        "nonadditivity_{}_late", "set", "model", "disturbance", "sum", "log", -1, "own"),
     "set_kl_merge": Feature(
-        "kl_merge_{}", "set", "model", "divergence", "sum", "log", -1, "between"),
+        "kl_merge_{}", "set", "model", "divergence", "sum", "log", -1, "own"),
     "set_early_retention": Feature(
         "early_retention_{}", "set", "model", "early merge", "harm", "damage", 1, "own"),
     "set_extrapolated_merge": Feature(
-        "extrapolated_{}", "set", "model", "early merge", "harm", "damage", 1, "between"),
+        "extrapolated_{}", "set", "model", "early merge", "harm", "damage", 1, "own"),
 }
 # fmt: on
 SETTING = (

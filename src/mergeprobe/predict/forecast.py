@@ -20,18 +20,19 @@ from mergeprobe.capture.probe import Probe
 from mergeprobe.errors import NotForecastable
 from mergeprobe.plan import Forecast, Plan
 from mergeprobe.predict import ridge, surrogate
-from mergeprobe.predict.blend import Tier, around, blend, clip, weight_of
-from mergeprobe.predict.candidates import KEPT, METHODS, candidates
+from mergeprobe.predict.blend import Tier, around, blend, clip
+from mergeprobe.predict.candidates import KEPT, candidates
 from mergeprobe.predict.costs import resident_parameters
 from mergeprobe.predict.early import ModelTier
 from mergeprobe.predict.learned import Learned
 from mergeprobe.predict.planner import AdapterInfo, make_plan
 from mergeprobe.predict.predictor import Predictor
-from mergeprobe.predict.signal_rows import early_row, signal_rows
+from mergeprobe.predict.signal_rows import early_row, final_norms, signal_rows
 from mergeprobe.predict.trimming import trimmed
+from mergeprobe.predict.weighing import weights_of, worth_asking
 from mergeprobe.signals import tables
 
-PASSES_A_PAIR = 6  # below this a pair is left to the file tier
+PASSES_A_PAIR = 10  # below this a pair is left to the file tier
 SET_MARGIN = 0.05  # sets that hold a pair this far below the floor are not measured
 
 
@@ -40,7 +41,7 @@ class Forecaster:
     """One tier's forecasts of a list of adapters.
 
     evidence: (adapter, others, method) -> what the forecast was made from, by part.
-    missing: what would make the forecasts better, in words.
+    missing: what would make the forecasts better, in words. norms: ‖ΔW‖ at the end of training.
     """
 
     tier: Tier
@@ -48,6 +49,7 @@ class Forecaster:
     fingerprint: str | None
     tables: dict[str, pl.DataFrame]
     missing: tuple[str, ...]
+    norms: dict[str, float]
     floor: float = 0.9
     together: tuple[tuple[str, ...], ...] = ()
     quadratic: surrogate.QuadraticModel | None = None
@@ -86,7 +88,7 @@ class Forecaster:
         others = " + ".join(other for other in group if other != name)
         self.progress(f"what {others} can do to {name}")
         try:
-            return early_row(self.model, name, group)
+            return early_row(self.model, name, group, self.methods(group))
         except NotForecastable:
             return {}
 
@@ -102,7 +104,7 @@ class Forecaster:
             return combined
         assert self.model is not None
         self.progress(f"what {' + '.join(others)} do to {name}, merged by {method}")
-        weights = dict.fromkeys((name, *others), weight_of(method, len(others) + 1))
+        weights = self.weights((name, *others), method)
         try:
             early = clip(self.model.extrapolated_merge(name, weights))
         except NotForecastable:  # the budget is spent: the pairs have to do
@@ -128,15 +130,23 @@ class Forecaster:
             if column in rows.columns and rows[column].null_count() == 0:
                 parts[column] = float(rows[column].max())  # type: ignore[arg-type]
         if self.quadratic is not None:
-            weight = weight_of(method, len(group))
-            found = surrogate.set_retentions(self.quadratic, group, weight, self.lengths)
+            weights = self.weights(group, method)
+            found = surrogate.set_retentions(self.quadratic, group, weights, self.lengths)
             parts["surrogate"] = found[name]
         if self.model is not None and self.model.left() >= PASSES_A_PAIR:
             self.progress(f"what {' + '.join(others)} does to {name}, merged by {method}")
             parts |= self.model.set_features(name, group, method)
-            weights = dict.fromkeys(group, weight_of(method, len(group)))
+            weights = self.weights(group, method)
             parts["extrapolated_merge"] = self.model.extrapolated_merge(name, weights)
         return parts
+
+    def weights(self, group: Sequence[str], method: str) -> dict[str, float]:
+        """What `method` multiplies each finished update of the group by, as far as is known now."""
+        return weights_of(method, {name: self.norms[name] for name in group})
+
+    def methods(self, group: Sequence[str]) -> tuple[str, ...]:
+        """The merge rules that are worth a forecast for this group."""
+        return worth_asking({name: self.norms[name] for name in group})
 
     def infos(self) -> list[AdapterInfo]:
         return [
@@ -173,7 +183,7 @@ class Forecaster:
         self.floor, self.together = min_retention, tuple(map(tuple, together))
         names = [probe.name for probe in self.probes]
         for one, other in permutations(names, 2):  # pairs first: sets may use the budget up
-            for method in METHODS:
+            for method in self.methods((one, other)):
                 self.forecast(one, (one, other), method)
         first = self.probes[0].meta
         plan = make_plan(
@@ -213,10 +223,11 @@ class Forecaster:
         names = [probe.name for probe in self.probes]
         for a, b in permutations(names, 2):
             row: dict[str, Any] = {"a": a, "b": b}
-            for method in METHODS:
+            for method in self.methods((a, b)):
                 row |= self.model.set_features(b, (a, b), method)
             rows.append(row)
-        return self.tables["pairs"].join(pl.DataFrame(rows), on=["a", "b"], how="left")
+        early = pl.DataFrame(rows, infer_schema_length=None)
+        return self.tables["pairs"].join(early, on=["a", "b"], how="left")
 
     def forecast_rows(self) -> pl.DataFrame:
         """Every forecast that was asked for: adapter, others, method, retention, low, high, and
@@ -286,12 +297,16 @@ def forecast_probes(
         tier = "file"
     if model is not None:
         tier = "model"
+    norms = final_norms(found["adapters"], facts, lengths)
+    if model is not None:
+        norms |= model.final_norms(list(norms))
     forecaster = Forecaster(
         tier=tier,
         probes=tuple(probes),
         fingerprint=fingerprint,
         tables=found,
         missing=missing,
+        norms=norms,
         floor=floor,
         quadratic=quadratic,
         lengths=lengths,

@@ -15,17 +15,10 @@ import polars as pl
 
 from mergeprobe.errors import NotForecastable
 from mergeprobe.predict import surrogate
+from mergeprobe.predict.weighing import WEIGHTED, weights_of
 
 if TYPE_CHECKING:
     from mergeprobe.predict.early import ModelTier
-
-WEIGHTED = ("mean", "sum")
-"""Rules for which the surrogate and every early signal are taken."""
-
-
-def weight(method: str, size: int) -> float:
-    return 1.0 if method == "sum" else 1.0 / size
-
 
 @dataclass(frozen=True, eq=False)
 class SignalRows:
@@ -33,13 +26,15 @@ class SignalRows:
 
     pairs: (i, j) -> the pair signals of j on i. adapters: by name. sets: (adapter, "a+b+c") with
     names sorted -> set signals. facts: by name, with step and planned_steps. quadratic, lengths:
-    the surrogate and how far it takes the updates; None where they cannot be made.
+    the surrogate and how far it takes the updates; None where they cannot be made. norms: ‖ΔW‖ at
+    the end of training, by name.
     """
 
     pairs: Mapping[tuple[str, str], Mapping[str, Any]]
     adapters: Mapping[str, Mapping[str, Any]]
     sets: dict[tuple[str, str], Mapping[str, Any]]
     facts: Mapping[str, Mapping[str, Any]]
+    norms: Mapping[str, float]
     quadratic: surrogate.QuadraticModel | None = None
     lengths: np.ndarray | None = None
 
@@ -75,14 +70,15 @@ class SignalRows:
         return {"step": facts["step"], "planned_steps": facts["planned_steps"]}
 
     def _surrogate(self, name: str, group: Sequence[str]) -> dict[str, float | None]:
-        """The closed-form forecast under mean and sum; null where it cannot be made."""
+        """The closed-form forecast under WEIGHTED; null where it cannot be made."""
         found: dict[str, float | None] = dict.fromkeys(f"surrogate_{m}" for m in WEIGHTED)
         if self.quadratic is None or self.lengths is None:
             return found
+        norms = {one: self.norms[one] for one in group}
         for method in WEIGHTED:
             try:
                 kept = surrogate.set_retentions(
-                    self.quadratic, group, weight(method, len(group)), self.lengths
+                    self.quadratic, group, weights_of(method, norms), self.lengths
                 )
             except NotForecastable:
                 continue
@@ -103,17 +99,32 @@ def signal_rows(
         adapters={row["a"]: row for row in tables["adapters"].to_dicts()},
         sets={(row["a"], "+".join(sorted(row["set"]))): row for row in sets},
         facts={row["adapter"]: row for row in facts.to_dicts()},
+        norms=final_norms(tables["adapters"], facts, lengths),
         quadratic=quadratic,
         lengths=lengths,
     )
 
 
-def early_row(tier: ModelTier, name: str, group: Sequence[str]) -> dict[str, float]:
-    """The model tier's signals of `name` in `group` (itself included), under WEIGHTED."""
+def final_norms(
+    adapters: pl.DataFrame, facts: pl.DataFrame, lengths: np.ndarray | None
+) -> dict[str, float]:
+    """‖ΔW‖ at the end of training, by name: the snapshots' own, as much longer as `lengths` says
+    (in the order of `facts`, surrogate.lengths)."""
+    now = dict(adapters.select("a", "update_norm").iter_rows())
+    names = facts["adapter"].to_list()
+    grown = [1.0] * len(names) if lengths is None else lengths.tolist()
+    return {name: now[name] * length for name, length in zip(names, grown, strict=True)}
+
+
+def early_row(
+    tier: ModelTier, name: str, group: Sequence[str], methods: Sequence[str] = WEIGHTED
+) -> dict[str, float]:
+    """The model tier's signals of `name` in `group` (itself included), under rules of WEIGHTED."""
     found: dict[str, float] = {}
-    for method in WEIGHTED:
+    norms = tier.final_norms(group)
+    for method in methods:
         found |= tier.set_features(name, group, method)
-        weights = dict.fromkeys(group, weight(method, len(group)))
+        weights = weights_of(method, norms)
         found[f"extrapolated_{method}"] = tier.extrapolated_merge(name, weights)
     return found
 

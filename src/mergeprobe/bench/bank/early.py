@@ -18,7 +18,8 @@ from mergeprobe.capture.probe import read_probe
 from mergeprobe.compose import merge
 from mergeprobe.errors import DataError
 from mergeprobe.predict.early import ModelTier, Snapshot, calibration_batch, open_tier, reach
-from mergeprobe.predict.signal_rows import WEIGHTED, early_row
+from mergeprobe.predict.signal_rows import early_row
+from mergeprobe.predict.weighing import WEIGHTED
 
 
 def write_length(folder: CohortFolder, base: Base, name: str, point: float) -> None:
@@ -37,7 +38,7 @@ def write_length(folder: CohortFolder, base: Base, name: str, point: float) -> N
 
 def write_early(folder: CohortFolder, base: Base, name: str, point: float) -> None:
     """Every early signal of one adapter with each other one and, at the spec's set_points, in
-    every larger set, on its own items; under the mean and the sum."""
+    every larger set, on its own items; under the rules that weigh whole updates."""
     tier = _tier(folder, base, point, folder.spec.names)
     pairs = {
         other: early_row(tier, name, (name, other)) for other in folder.spec.names if other != name
