@@ -78,23 +78,29 @@ def set_partitions(items: list[int]):
                 yield [(first, *others), *parts]
 
 
-def brute_force(names, candidates):
-    """(resident, worst, mean) of every choice of candidates over every set partition."""
+COSTS = {"adapters": 10**15, "parameters": 0}  # what an adapter costs beside its parameters
+
+
+def brute_force(names, candidates, an_adapter):
+    """(cost, worst, mean) of every choice of candidates over every set partition."""
     for parts in set_partitions(list(range(len(names)))):
         offers = [candidates(tuple(names[i] for i in part)) for part in parts]
         for groups in itertools.product(*offers):
             kept = [round(f.retention, 9) for group in groups for f in group.forecast.values()]
-            yield (sum(g.resident_parameters for g in groups), min(kept), sum(kept) / len(kept))
+            cost = sum(an_adapter + g.resident_parameters for g in groups)
+            yield (cost, min(kept), sum(kept) / len(kept))
 
 
-def check_against_brute_force(names, candidates, floor):
-    plan = make_plan(info(*names), candidates, min_retention=floor, tier="file")
-    everything = list(brute_force(names, candidates))
+def check_against_brute_force(names, candidates, floor, cost="adapters"):
+    plan = make_plan(info(*names), candidates, min_retention=floor, cost=cost, tier="file")
+    assert plan.cost == cost
+    an_adapter = COSTS[cost]
+    everything = list(brute_force(names, candidates, an_adapter))
     reaching = [row for row in everything if row[1] >= floor]
     assert reaching, "singles are routed at 1"
-    resident, worst, mean = min(reaching, key=lambda r: (r[0], -r[1], -round(r[2], 7)))
+    least, worst, mean = min(reaching, key=lambda r: (r[0], -r[1], -round(r[2], 7)))
     kept = [f.retention for group in plan.groups for f in group.forecast.values()]
-    assert plan.resident_parameters == resident
+    assert an_adapter * len(plan.groups) + plan.resident_parameters == least
     assert min(kept) == pytest.approx(worst, abs=1e-9)
     assert sum(kept) / len(kept) == pytest.approx(mean, abs=1e-7)
 
@@ -104,14 +110,15 @@ def check_against_brute_force(names, candidates, floor):
         if not any((s <= r and v > w) or (s < r and v >= w) for s, v, _ in everything)
     }
     best_mean = {key: max(m for r, w, m in everything if (r, w) == key) for key in pareto}
-    full = (SIZE * len(names), 1.0)
-    assert {(p.resident_parameters, p.worst_retention) for p in plan.frontier} == pareto | {full}
+    full = ((an_adapter + SIZE) * len(names), 1.0)
+
+    def at(point):
+        cost = an_adapter * len(point.groups) + point.resident_parameters
+        return cost, point.worst_retention
+
+    assert {at(point) for point in plan.frontier} == pareto | {full}
     for key in pareto:
-        means = [
-            p.mean_retention
-            for p in plan.frontier
-            if (p.resident_parameters, p.worst_retention) == key
-        ]
+        means = [point.mean_retention for point in plan.frontier if at(point) == key]
         assert max(means) == pytest.approx(best_mean[key], abs=1e-7)
 
 
@@ -131,10 +138,26 @@ def offers(draw):
     return list(names), offer(table), draw(st.integers(0, 10)) / 10
 
 
-@settings(max_examples=150, deadline=None)
-@given(offers())
-def test_the_plan_and_its_frontier_equal_brute_force(case):
-    check_against_brute_force(*case)
+@pytest.mark.parametrize("cost", COSTS)
+@settings(max_examples=100, deadline=None)
+@given(case=offers())
+def test_the_plan_and_its_frontier_equal_brute_force(cost, case):
+    check_against_brute_force(*case, cost)
+
+
+def test_what_is_made_small():
+    """A merge that takes more parameters than its two adapters at a small rank."""
+    table = {
+        "a": [routed("a"), routed("a", retention=0.99, rank=2)],
+        "b": [routed("b"), routed("b", retention=0.99, rank=2)],
+        "a+b": [merged({"a": 0.95, "b": 0.95})],
+    }
+    plan = make_plan(info("a", "b"), offer(table), tier="model")
+    assert [group.adapters for group in plan.groups] == [("a", "b")]
+    small = make_plan(info("a", "b"), offer(table), cost="parameters", tier="model")
+    assert [(group.action, group.rank) for group in small.groups] == [(Action.route, 2)] * 2
+    assert small.resident_parameters == SIZE // 2
+    assert (plan.cost, small.cost) == ("adapters", "parameters")
 
 
 @settings(max_examples=60, deadline=None)
@@ -153,7 +176,14 @@ def test_a_limit_on_adapters_equals_brute_force(case, most):
         with pytest.raises(PlanError, match=f"no way to merge {len(names)} adapters into {most}"):
             make_plan(info(*names), candidates, max_adapters=most, tier="file")
         return
-    plan = make_plan(info(*names), candidates, min_retention=floor, max_adapters=most, tier="file")
+    plan = make_plan(
+        info(*names),
+        candidates,
+        min_retention=floor,
+        max_adapters=most,
+        cost="parameters",
+        tier="file",
+    )
     assert len(plan.groups) <= most
     kept = min(f.retention for group in plan.groups for f in group.forecast.values())
     reaching = [row for row in choices if row[1] >= floor]
@@ -194,7 +224,7 @@ def test_local_search_is_within_one_group_of_exact_on_ten():
     names = tuple("abcdefghij")
     missed = {True: 0, False: 0}
     for seed in range(3):
-        options = measured(names, random_offer(names, seed, methods=2), "point")
+        options = measured(names, random_offer(names, seed, methods=2), "point", "parameters")
         for floor in (round(share * BILLION) for share in (0.6, 0.8, 0.9)):
             best = exact(options, 10)(floor)
             assert best is not None
@@ -377,7 +407,7 @@ def test_when_all_stay_alone_the_closest_pair_is_named():
 @pytest.mark.parametrize("kept", [0.99, 0.9])  # 0.9: the floor itself is good enough
 def test_a_merge_that_saves_nothing_is_not_chosen_and_said(kept):
     table = {"a+b": [merged({"a": kept, "b": kept}, parameters=2 * SIZE)]}
-    plan = make_plan(info("a", "b"), offer(table), tier="file")
+    plan = make_plan(info("a", "b"), offer(table), cost="parameters", tier="file")
     assert len(plan.groups) == 2
     assert plan.groups[0].reasons[1] == (
         f"'a' and 'b' could share one adapter: merged by mean, forecast {kept:.2f} worst-case; "
@@ -543,8 +573,10 @@ def test_adapters_that_must_stay_together_compose_logits_where_their_merge_fails
         info("a", "b", "c"), offer(table), together=[("a", "b"), ("b", "c")], tier="model"
     )
     assert [group.adapters for group in plan.groups] == [("a", "b", "c")]
-    with pytest.raises(PlanError, match="'d' is to stay together with others but is not planned"):
+    with pytest.raises(PlanError, match=r"'d' is to stay .* not planned for; known are a, b, c"):
         make_plan(info("a", "b", "c"), offer(table), together=[("a", "d")], tier="model")
+    with pytest.raises(PlanError, match=r"\['a'\] are to stay together: name at least two"):
+        make_plan(info("a", "b", "c"), offer(table), together=[("a",)], tier="model")
     with pytest.raises(PlanError, match="no way to merge 3 adapters with b, c together"):
         make_plan(info("a", "b", "c"), offer({}), together=[("b", "c")], tier="model")
 

@@ -10,7 +10,7 @@ from mergeprobe.compose import merge
 from mergeprobe.errors import NotForecastable
 from mergeprobe.lowrank import LowRank
 from mergeprobe.plan import Action, AdapterRef, Forecast, Group, Plan
-from mergeprobe.predict.trimming import ABOVE, BELOW, trimmed
+from mergeprobe.predict.trimming import ABOVE, BELOW, cuts, trimmed
 
 OUT, INTO = 10, 6
 
@@ -87,6 +87,14 @@ def merged(retention=0.95, **options):
 
 
 FINE = {6: 1.0, 4: 1.02, 2: 0.99, 1: 0.97}
+
+
+def test_a_single_adapter_is_offered_at_every_rank_that_does():
+    found = list(cuts(Forecaster({"a": FINE}), alone("a")))
+    assert [group.rank for group in found] == [4, 2]  # 1 would keep 0.97 < 0.98
+    assert [group.resident_parameters for group in found] == [4 * (OUT + INTO), 2 * (OUT + INTO)]
+    assert found[1].forecast["a"].retention == pytest.approx(0.99)
+    assert not list(cuts(Forecaster({"a": FINE}, passes=0), alone("a")))
 
 
 def test_the_smallest_rank_that_keeps_its_share():

@@ -133,7 +133,7 @@ class Route(_Frozen):
 
 
 class FrontierPoint(_Frozen):
-    """One partition that no other beats on both worst-case retention and resident parameters."""
+    """One partition that no other beats on both worst-case retention and cost."""
 
     groups: tuple[tuple[str, ...], ...]
     methods: tuple[str | None, ...]
@@ -148,7 +148,8 @@ class Plan(_Frozen):
     tier: what the forecasts rest on: "weights" (finished adapters only), "file" (probes),
     "model" (probes, the base model and calibration batches), or "hand" (written by a person).
     confidence: whether the point forecast or the low end of its interval had to keep
-    min_retention; the frontier's retentions are in the same measure.
+    min_retention; the frontier's retentions are in the same measure. cost: what was made small,
+    resident adapters and then their parameters, or parameters alone.
     """
 
     schema_version: int = PLAN_SCHEMA
@@ -161,6 +162,7 @@ class Plan(_Frozen):
     tier: Literal["weights", "file", "model", "hand"] = "hand"
     calibrated: bool = False
     confidence: Literal["point", "lower"] = "point"
+    cost: Literal["adapters", "parameters"] = "adapters"
     min_retention: float | None = None
     resident_parameters: int | None = None
     full_routing_parameters: int | None = None

@@ -32,7 +32,7 @@ FORECAST = (
 PLAN = (
     "mergeprobe plan adapters/*",
     "mergeprobe plan probes/ --base smollm2-135m-instruct-q4 --out plan.json",
-    "mergeprobe plan probes/ --min-retention 0.95",
+    "mergeprobe plan probes/ --min-retention 0.95 --cost parameters",
     "mergeprobe plan probes/ --base ./base --together math,code --route-by prompt",
 )
 
@@ -40,6 +40,11 @@ PLAN = (
 class RouteBy(StrEnum):
     by_name = "name"
     by_prompt = "prompt"
+
+
+class Cost(StrEnum):
+    adapters = "adapters"
+    parameters = "parameters"
 
 
 ROUGH = "Uncalibrated: read the intervals as rough."
@@ -51,7 +56,13 @@ def forecast(
     budget: Budget = None,
     items: Items = 16,
     predictor: PredictorFolder = None,
-    method: Annotated[str, typer.Option(help="The merge rule to forecast: mean or sum.")] = "mean",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="The merge rule to forecast: mean, sum or equal_norm_mean; with --predictor any "
+            "that it was fitted on."
+        ),
+    ] = "mean",
     json: Json = False,
 ) -> None:
     """Forecast how much of its gain each adapter keeps when merged with each other one.
@@ -97,6 +108,13 @@ def plan(
         int | None,
         typer.Option(min=1, help="The most adapters that may stay resident; before the floor."),
     ] = None,
+    cost: Annotated[
+        Cost,
+        typer.Option(
+            help="What is made small: adapters that stay resident (of equals their parameters), or "
+            "parameters alone, where routing at small ranks competes with merging."
+        ),
+    ] = Cost.adapters,
     keep_ranks: Annotated[
         bool,
         typer.Option("--keep-ranks", help="Cut no group to a smaller rank (needs --base to try)."),
@@ -140,12 +158,14 @@ def plan(
     if out is not None:
         refuse_existing(out, force=force)
     with show.working("planning") as progress:
-        forecaster = _forecaster(sources, base, budget, items, predictor, progress)
+        joint = [names.split(",") for names in together or ()]
+        forecaster = _forecaster(sources, base, budget, items, predictor, progress, joint)
         made = forecaster.plan(
             min_retention=min_retention,
             max_adapters=max_adapters,
             keep_ranks=keep_ranks,
-            together=[names.split(",") for names in together or ()],
+            cost=cost.value,
+            together=joint,
             route_by=route_by.value,
             prompt_auc=_prompt_auc(forecaster, trained_router)
             if route_by is RouteBy.by_prompt
@@ -170,16 +190,19 @@ def _forecaster(
     items: int,
     predictor: Path | None,
     progress: Callable[[str], None],
+    together: Sequence[Sequence[str]] = (),
 ) -> Forecaster:
     from mergeprobe.adapters.base import load_base
     from mergeprobe.cli.sources import read_sources
     from mergeprobe.predict.early import open_tier
     from mergeprobe.predict.forecast import forecast_probes
+    from mergeprobe.predict.planner import check_together
     from mergeprobe.predict.predictor import load_predictor
 
     learned = load_predictor(predictor) if predictor is not None else None
     loaded = load_base(base, notify=progress) if base is not None else None
     probes = read_sources(sources, loaded)
+    check_together([probe.name for probe in probes], together)  # before what takes minutes
     tier = None
     if loaded is not None:
         tier = open_tier(loaded, probes, items=items, budget=budget, progress=progress)

@@ -36,7 +36,7 @@ class PairForecast:
 class LiveForecast:
     """What is known at the probe point of a run about merging it.
 
-    pairs: by worst, lowest first; of every pair the rule (mean or sum) whose worst is higher.
+    pairs: by worst, lowest first; of every pair the rule whose worst is highest.
     group: what the plan over all of them does with this run's adapter. left_out: other -> why
     nothing is forecast about it; it takes part in neither pairs nor plan.
     """

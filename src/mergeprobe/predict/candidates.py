@@ -13,6 +13,7 @@ from mergeprobe.plan import Action, Forecast, Group
 from mergeprobe.predict import surrogate
 from mergeprobe.predict.blend import around, clip
 from mergeprobe.predict.pruning import harmful
+from mergeprobe.predict.trimming import cuts
 
 if TYPE_CHECKING:
     from mergeprobe.predict.forecast import Forecaster
@@ -24,14 +25,16 @@ RESCUED, RESCUE_MARGIN = 3, 0.15
 
 
 def candidates(forecaster: Forecaster, names: tuple[str, ...]) -> list[Group]:
-    """What could be done with a group: kept as it is (one adapter), merged, reweighted."""
+    """What could be done with a group: kept as it is or cut (one adapter), merged, reweighted."""
     common = {
         "name": names[0],
         "adapters": names,
         "resident_parameters": forecaster.parameters(names),
     }
     if len(names) == 1:
-        return [Group(action=Action.route, forecast={names[0]: KEPT}, **common)]
+        whole = Group(action=Action.route, forecast={names[0]: KEPT}, **common)
+        # ranks decide between merging and routing only where parameters alone are counted
+        return [whole, *cuts(forecaster, whole)] if forecaster.by_rank else [whole]
     found = []
     for method in forecaster.methods(names):
         forecast = {name: forecaster.forecast(name, names, method) for name in names}

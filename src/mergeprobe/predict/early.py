@@ -62,7 +62,6 @@ class Snapshot:
         """[L(θ₀) − L(θ₀ + U)] / L(θ₀), relative: 1 is a perfect fit."""
         return float((self.base_loss.mean() - self.own_loss.mean()) / self.base_loss.mean())
 
-
     @cached_property
     def final_norm(self) -> float:
         """‖ΔW‖ as it is taken to be at the end of training: that of U, `reach` times."""

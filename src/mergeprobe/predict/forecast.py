@@ -25,11 +25,11 @@ from mergeprobe.predict.candidates import KEPT, candidates
 from mergeprobe.predict.costs import resident_parameters
 from mergeprobe.predict.early import ModelTier
 from mergeprobe.predict.learned import Learned
-from mergeprobe.predict.planner import AdapterInfo, make_plan
+from mergeprobe.predict.planner import AdapterInfo, Cost, make_plan
 from mergeprobe.predict.predictor import Predictor
 from mergeprobe.predict.signal_rows import early_row, final_norms, signal_rows
 from mergeprobe.predict.trimming import trimmed
-from mergeprobe.predict.weighing import weights_of, worth_asking
+from mergeprobe.predict.weighing import WEIGHTED, weights_of, worth_asking
 from mergeprobe.signals import tables
 
 PASSES_A_PAIR = 10  # below this a pair is left to the file tier
@@ -42,6 +42,7 @@ class Forecaster:
 
     evidence: (adapter, others, method) -> what the forecast was made from, by part.
     missing: what would make the forecasts better, in words. norms: ‖ΔW‖ at the end of training.
+    floor, together, by_rank (whether single adapters are offered at smaller ranks): of the plan.
     """
 
     tier: Tier
@@ -52,6 +53,7 @@ class Forecaster:
     norms: dict[str, float]
     floor: float = 0.9
     together: tuple[tuple[str, ...], ...] = ()
+    by_rank: bool = False
     quadratic: surrogate.QuadraticModel | None = None
     lengths: np.ndarray | None = None
     model: ModelTier | None = None
@@ -68,6 +70,11 @@ class Forecaster:
         key = (name, others, method)
         if key not in self._known:
             found = self.learned.forecast(name, others, method) if self.learned else None
+            if found is None and method not in WEIGHTED:
+                raise NotForecastable(
+                    f"no forecast for the merge method '{method}' without a learned predictor that "
+                    f"knows it and adapters like its own; known here are {', '.join(WEIGHTED)}"
+                )
             if found is not None:
                 self._known[key] = found
             elif len(others) == 1:
@@ -175,12 +182,14 @@ class Forecaster:
         *,
         min_retention: float = 0.9,
         keep_ranks: bool = False,
+        cost: Cost = "adapters",
         together: Sequence[Sequence[str]] = (),
         **options: Any,
     ) -> Plan:
         """The cheapest partition above the floor; see planner.make_plan. Its groups are cut to the
         ranks that do (trimming.trimmed), unless keep_ranks."""
         self.floor, self.together = min_retention, tuple(map(tuple, together))
+        self.by_rank = cost == "parameters" and self.model is not None and not keep_ranks
         names = [probe.name for probe in self.probes]
         for one, other in permutations(names, 2):  # pairs first: sets may use the budget up
             for method in self.methods((one, other)):
@@ -190,6 +199,7 @@ class Forecaster:
             self.infos(),
             partial(candidates, self),
             min_retention=min_retention,
+            cost=cost,
             together=together,
             tier=self.tier,
             base=first.get("base") or "",

@@ -21,7 +21,8 @@ class Option:
     """One thing that can be done with one set of adapters.
 
     worst: lowest retention among members; total: their sum; low_worst, low_total: the same of
-    the intervals' low ends; all in billionths. parameters: resident.
+    the intervals' low ends; all in billionths. parameters: resident. cost: what is made small,
+    a whole number that adds up over groups.
     """
 
     mask: int
@@ -29,6 +30,7 @@ class Option:
     worst: int
     total: int
     parameters: int
+    cost: int
     low_worst: int
     low_total: int
 
@@ -51,15 +53,19 @@ class Partition:
     def parameters(self) -> int:
         return sum(option.parameters for option in self.options)
 
+    @property
+    def cost(self) -> int:
+        return sum(option.cost for option in self.options)
+
 
 Options = Callable[[int], tuple[Option, ...]]
 Solve = Callable[[int], Partition | None]  # floor in billionths -> cheapest partition above it
 
 
 def pareto(options: Sequence[Option]) -> tuple[Option, ...]:
-    """Those that no other beats on parameters and all four retentions; of equals the first."""
+    """Those that no other beats on cost and all four retentions; of equals the first."""
     kept: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.parameters, *(-v for v in _kept(o)))):
+    for option in sorted(options, key=lambda o: (o.cost, *(-v for v in _kept(o)))):
         if not any(all(map(ge, _kept(other), _kept(option))) for other in kept):
             kept.append(option)
     return tuple(kept)
@@ -70,15 +76,15 @@ def _kept(option: Option) -> tuple[int, int, int, int]:
 
 
 def cheapest(options: Sequence[Option], floor: int) -> Option | None:
-    """Fewest parameters with worst ≥ floor; among equals the highest total."""
+    """Least cost with worst ≥ floor; among equals the highest total."""
     above = (option for option in options if option.worst >= floor)
-    return min(above, key=lambda o: (o.parameters, -o.total, -o.worst), default=None)
+    return min(above, key=lambda o: (o.cost, -o.total, -o.worst), default=None)
 
 
 def exact(options: Options, count: int, most: int | None = None) -> Solve:
     """Solves over all set partitions of `count` adapters into at most `most` groups (None: any).
 
-    Dynamic programming over bitmasks: for one floor, parameters and total retention add up over
+    Dynamic programming over bitmasks: for one floor, cost and total retention add up over
     groups, so the best partition of a set is its lowest adapter's group plus the best partition of
     the rest: 3^count / 2 steps, times `most`.
     """
@@ -106,7 +112,7 @@ def exact(options: Options, count: int, most: int | None = None) -> Solve:
     return solve
 
 
-Best = tuple[int, int, int]  # (parameters, -total, first group) of the best partition of a set
+Best = tuple[int, int, int]  # (cost, -total, first group) of the best partition of a set
 
 
 def _best_first(
@@ -119,7 +125,7 @@ def _best_first(
         rest = fewer[left] if left < len(fewer) else None
         if option is None or rest is None:
             continue
-        value = (option.parameters + rest[0], rest[1] - option.total, group)
+        value = (option.cost + rest[0], rest[1] - option.total, group)
         if held is None or value[:2] < held[:2]:
             held = value
     return held
@@ -137,7 +143,7 @@ def with_lowest(mask: int) -> Iterator[int]:
 
 
 def frontier(solve: Solve) -> list[Partition]:
-    """Every trade of worst-case retention against parameters, ascending in both.
+    """Every trade of worst-case retention against cost, ascending in both.
 
     From no floor at all, each next floor is just above what the last partition reached. Where
     solve is exact so is this, and each point has the highest total among its equals.
@@ -151,9 +157,9 @@ def frontier(solve: Solve) -> list[Partition]:
 
 
 def undominated(partitions: Sequence[Partition]) -> list[Partition]:
-    """Those that no other beats on worst and parameters, ascending in both."""
+    """Those that no other beats on worst and cost, ascending in both."""
     kept: list[Partition] = []
-    for one in sorted(partitions, key=lambda p: (p.parameters, -p.worst, -p.total)):
+    for one in sorted(partitions, key=lambda p: (p.cost, -p.worst, -p.total)):
         if not kept or one.worst > kept[-1].worst:
             kept.append(one)
     return kept
@@ -164,7 +170,7 @@ def tightened(solve: Solve, floor: int) -> list[Partition]:
     found = solve(floor)
     steps = [found] if found else []
     while steps and (higher := solve(steps[-1].worst + 1)):
-        if higher.parameters > steps[0].parameters:
+        if higher.cost > steps[0].cost:
             break
         steps.append(higher)
     return steps

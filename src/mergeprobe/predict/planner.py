@@ -34,8 +34,10 @@ from mergeprobe.predict.partition import (
 from mergeprobe.predict.reasons import Confidence, Setting, group_reasons, number, plan_reasons
 from mergeprobe.predict.search import local_search, searched_frontier
 
+AN_ADAPTER = 10**15  # more than any adapter's parameters: adapters are counted first
 EXACT_UP_TO = 10  # Bell(10) = 115,975 partitions of 1,023 sets; beyond, a local search
 
+Cost = Literal["adapters", "parameters"]
 Candidates = Callable[[tuple[str, ...]], Sequence[Group]]
 
 
@@ -57,6 +59,7 @@ def make_plan(
     min_retention: float = 0.9,
     max_adapters: int | None = None,
     confidence: Confidence = "point",
+    cost: Cost = "adapters",
     together: Sequence[Sequence[str]] = (),
     route_by: Literal["name", "prompt"] = "name",
     prompt_auc: Mapping[tuple[str, str], float] | None = None,
@@ -66,7 +69,7 @@ def make_plan(
     calibrated: bool = False,
     missing: Sequence[str] = (),
 ) -> Plan:
-    """The partition with the fewest resident parameters whose worst forecast keeps the floor.
+    """The cheapest partition whose worst forecast keeps the floor.
 
     candidates: called at most once per set of names (in the order of `adapters`), returns what
     could be done with it, each a Group with a forecast for every member and its
@@ -76,6 +79,8 @@ def make_plan(
     min_retention: the floor for every adapter, in [0, 1]. max_adapters: the most adapters that may
     stay resident, that is groups; it goes before the floor. confidence: whether the point forecast
     or the low end of its interval has to keep it; the frontier is in the same measure.
+    cost: "adapters" counts the adapters that stay resident (composed logits keep all of theirs) and
+    between equals their parameters; "parameters" counts these alone.
     together: names that must share a group, because one answer needs all of them. prompt_auc: how
     well two adapters' prompts separate, as a router measured it; needed for route_by="prompt".
 
@@ -83,12 +88,13 @@ def make_plan(
     between two that are forecast to do, the one that is more certain to. Exact up to 10 adapters, a
     local search beyond. If nothing keeps the floor the best worst case is taken and the reasons
     say so.
-    The frontier is ascending in parameters and always holds full routing, even if dominated.
+    The frontier is ascending in cost and always holds full routing, even if dominated.
     Raises PlanError.
     """
     _check(adapters, min_retention, max_adapters)
     names = tuple(adapter.name for adapter in adapters)
-    options = measured(names, candidates, confidence)
+    check_together(names, together)
+    options = measured(names, candidates, confidence, cost)
     floor = round(min_retention * BILLION)
     found = _searched(options, _units(names, together), floor, max_adapters)
     if found is None:
@@ -118,6 +124,7 @@ def make_plan(
         tier=tier,
         calibrated=calibrated,
         confidence=confidence,
+        cost=cost,
         min_retention=min_retention,
         resident_parameters=chosen.parameters,
         full_routing_parameters=sum(setting.parameters),
@@ -127,15 +134,25 @@ def make_plan(
     )
 
 
-def _units(names: tuple[str, ...], together: Sequence[Sequence[str]]) -> list[int]:
-    """What the search moves about, as bitmasks of adapters: single ones, or sets that must stay
-    together (sets that overlap are one). PlanError for a name that is not there."""
-    units = [1 << position for position in range(len(names))]
+def check_together(names: Sequence[str], together: Sequence[Sequence[str]]) -> None:
+    """PlanError for a name that is not among `names`, or for fewer than two in one set."""
     for wanted in together:
         if unknown := [name for name in wanted if name not in names]:
             raise PlanError(
-                f"'{unknown[0]}' is to stay together with others but is not planned for"
+                f"'{unknown[0]}' is to stay together with others but is not planned for; "
+                f"known are {', '.join(names)}"
             )
+        if len(set(wanted)) < 2:
+            raise PlanError(
+                f"{list(wanted)} are to stay together: name at least two adapters, as in A,B"
+            )
+
+
+def _units(names: tuple[str, ...], together: Sequence[Sequence[str]]) -> list[int]:
+    """What the search moves about, as bitmasks of adapters: single ones, or sets that must stay
+    together (sets that overlap are one)."""
+    units = [1 << position for position in range(len(names))]
+    for wanted in together:
         joint = sum(1 << names.index(name) for name in dict.fromkeys(wanted))
         met = [unit for unit in units if unit & joint]
         units = [unit for unit in units if not unit & joint] + [sum(met)] * bool(met)
@@ -183,7 +200,7 @@ def _most_certain(
     else:
         solve = local_search(lowered, count, most=most)
     found = tightened(solve, NO_FLOOR)
-    if not found or found[-1].parameters > cheapest.parameters:  # a local search can miss it
+    if not found or found[-1].cost > cheapest.cost:  # a local search can miss it
         return cheapest
     by_group = {id(o.group): o for part in found[-1].options for o in options(part.mask)}
     return Partition(tuple(by_group[id(part.group)] for part in found[-1].options))
@@ -204,7 +221,9 @@ def _check(adapters: Sequence[AdapterInfo], min_retention: float, max_adapters: 
         raise PlanError(f"max_adapters is {max_adapters}; expected at least 1")
 
 
-def measured(names: tuple[str, ...], candidates: Candidates, confidence: Confidence) -> Options:
+def measured(
+    names: tuple[str, ...], candidates: Candidates, confidence: Confidence, cost: Cost = "adapters"
+) -> Options:
     """bitmask -> the Pareto-optimal options of that set; asks `candidates` once per set."""
     known: dict[int, tuple[Option, ...]] = {}
 
@@ -218,13 +237,17 @@ def measured(names: tuple[str, ...], candidates: Candidates, confidence: Confide
             ]
             if len(members) == 1 and not groups:
                 raise PlanError(f"'{members[0]}' has no candidate of its own; offer it as 'route'")
-            known[mask] = pareto([_option(group, members, mask, confidence) for group in groups])
+            known[mask] = pareto(
+                [_option(group, members, mask, confidence, cost) for group in groups]
+            )
         return known[mask]
 
     return options
 
 
-def _option(group: Group, members: tuple[str, ...], mask: int, confidence: Confidence) -> Option:
+def _option(
+    group: Group, members: tuple[str, ...], mask: int, confidence: Confidence, cost: Cost
+) -> Option:
     if set(group.adapters) != set(members):
         raise PlanError(f"a candidate for {list(members)} is for {list(group.adapters)} instead")
     if lacking := [name for name in members if name not in group.forecast]:
@@ -235,12 +258,14 @@ def _option(group: Group, members: tuple[str, ...], mask: int, confidence: Confi
     point = [round(forecast.retention * BILLION) for forecast in forecasts]
     low = [round(forecast.low * BILLION) for forecast in forecasts]
     kept = point if confidence == "point" else low
+    resident = len(members) if group.action is Action.logits else 1
     return Option(
         mask,
         group,
         worst=min(kept),
         total=sum(kept),
         parameters=group.resident_parameters,
+        cost=group.resident_parameters + (AN_ADAPTER * resident if cost == "adapters" else 0),
         low_worst=min(low),
         low_total=sum(low),
     )
@@ -277,6 +302,7 @@ def group_names(groups: Sequence[tuple[str, ...]], adapters: Sequence[str]) -> l
 def _with_full_routing(
     points: Sequence[Partition], adapters: Sequence[AdapterInfo]
 ) -> tuple[FrontierPoint, ...]:
+    """The points as they are (ascending in cost), full routing last unless it is among them."""
     routing = FrontierPoint(
         groups=tuple((adapter.name,) for adapter in adapters),
         methods=(None,) * len(adapters),
@@ -294,9 +320,7 @@ def _with_full_routing(
         )
         for point in points
     ]
-    if routing not in rows:
-        rows.append(routing)
-    return tuple(sorted(rows, key=lambda row: row.resident_parameters))
+    return tuple(rows if routing in rows else [*rows, routing])
 
 
 def _check_routing(

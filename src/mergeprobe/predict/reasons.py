@@ -61,11 +61,11 @@ def plan_reasons(
         )
     if all(len(option.group.adapters) == 1 for option in chosen.options):
         lines.append(_closest_pair(setting, chosen))
-    cheaper = [point for point in frontier if point.parameters < chosen.parameters]
+    cheaper = [point for point in frontier if point.cost < chosen.cost]
     if not cheaper:
         lines.append("nothing cheaper was found")
     else:
-        next_one = max(cheaper, key=lambda point: point.parameters)
+        next_one = max(cheaper, key=lambda point: point.cost)
         broken = min(next_one.options, key=lambda option: option.worst)
         lines.append(
             f"the next cheaper choice ({amount(next_one.parameters)}: {_shape(next_one)}) was "
@@ -171,7 +171,7 @@ def _floor(setting: Setting, chosen: Partition) -> int:
 
 def _best(setting: Setting, mask: int) -> Option | None:
     """What keeps the worst member highest; of equals the cheapest."""
-    return max(setting.options(mask), key=lambda o: (o.worst, -o.parameters), default=None)
+    return max(setting.options(mask), key=lambda o: (o.worst, -o.cost), default=None)
 
 
 def _best_worst(setting: Setting, mask: int) -> float:

@@ -18,7 +18,7 @@ from mergeprobe.predict.partition import (
 
 IMPOSSIBLE = 10**30  # the shortfall of a set for which there is no option
 
-Score = tuple[int, int, int]  # shortfall below the floor, parameters, -total: lower is better
+Score = tuple[int, int, int]  # shortfall below the floor, cost, -total: lower is better
 Value = Callable[[int], Score]
 Change = tuple[tuple[int, ...], tuple[int, ...]]  # groups taken away, groups put in their place
 Step = tuple[Score, Change]
@@ -89,11 +89,11 @@ def _value(options: Options, mask: int, floor: int, value: Value) -> Score:
     found = options(mask)
     option = cheapest(found, floor)
     if option is not None:
-        return 0, option.parameters, -option.total
+        return 0, option.cost, -option.total
     if not found:
         return IMPOSSIBLE, 0, 0
     best = max(found, key=lambda o: o.worst)
-    return floor - best.worst, best.parameters, -best.total
+    return floor - best.worst, best.cost, -best.total
 
 
 def _agglomerate(groups: list[int], value: Value) -> list[int]:

@@ -20,6 +20,7 @@ from mergeprobe.predict.weighing import WEIGHTED, weights_of
 if TYPE_CHECKING:
     from mergeprobe.predict.early import ModelTier
 
+
 @dataclass(frozen=True, eq=False)
 class SignalRows:
     """The file tier's tables by key; early signals are handed in row by row.

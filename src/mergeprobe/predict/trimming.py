@@ -7,6 +7,7 @@ items. A finished adapter keeps at least about as much at a smaller rank as its 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mergeprobe.compose import merge
@@ -47,22 +48,31 @@ def trimmed(forecaster: Forecaster, plan: Plan) -> Plan:
 
 
 def _smallest(forecaster: Forecaster, group: Group, plan: Plan) -> Group:
-    if group.action not in CUT:
-        return group
-    largest = group.rank or forecaster.rank(group.adapters)
+    def kept(one: Group) -> float:
+        return min(f.retention if plan.confidence == "point" else f.low for f in _all(one))
+
     chosen = group
+    for found in cuts(forecaster, group):
+        if kept(found) < min(kept(group), plan.min_retention or 0.0):
+            break
+        chosen = found
+    return chosen
+
+
+def cuts(forecaster: Forecaster, group: Group) -> Iterator[Group]:
+    """The group at every smaller rank of RANKS, from the largest, until one costs a member more
+    than 1 − KEPT of its retention or the budget is spent. A pass a member and rank."""
+    if group.action not in CUT:
+        return
+    largest = group.rank or forecaster.rank(group.adapters)
     for rank in reversed([rank for rank in RANKS if rank < largest]):
         try:
             shares = _shares(forecaster, group, rank)
         except NotForecastable:  # the budget is spent
-            break
-        found = _cut(forecaster, group, rank, shares)
-        kept = min(f.retention if plan.confidence == "point" else f.low for f in _all(found))
-        before = min(f.retention if plan.confidence == "point" else f.low for f in _all(group))
-        if min(shares.values()) < KEPT or kept < min(before, plan.min_retention or 0.0):
-            break
-        chosen = found
-    return chosen
+            return
+        if min(shares.values()) < KEPT:
+            return
+        yield _cut(forecaster, group, rank, shares)
 
 
 def _all(group: Group) -> list[Forecast]:

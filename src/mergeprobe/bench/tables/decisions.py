@@ -32,10 +32,11 @@ from mergeprobe.plan import Forecast
 from mergeprobe.predict.baselines import Fitted
 from mergeprobe.predict.feature_rows import feature_matrix
 from mergeprobe.predict.learning import Rows
+from mergeprobe.predict.weighing import WEIGHTED
 
 POINT = 0.05
 FLOOR = 0.9
-PLAN_METHODS = ("mean", "sum")
+PLAN_METHODS = WEIGHTED
 """What the planner may choose from: the merges whose sets are forecast in both tiers."""
 PLANS: dict[str, tuple[str, Literal["point", "lower"]]] = {
     "plan, model tier": (MODEL, "point"),
