@@ -33,7 +33,7 @@ from mergeprobe.artefact import atomic_file, read_json, write_json
 from mergeprobe.bench.folder import Config, RunFolder
 from mergeprobe.capture.batch import Batch
 from mergeprobe.capture.probe import Probe, read_probe
-from mergeprobe.compose import METHODS, merge
+from mergeprobe.compose import METHODS, Merged, merge
 from mergeprobe.errors import DataError
 from mergeprobe.evaluate.retention import Retention, SetRetention, retention, set_retention
 from mergeprobe.evaluate.score import batch_of, score
@@ -114,6 +114,7 @@ class Run:
         self.config: Config = folder.config()
         self.names = self.config.tasks
         self.work, self.rank = work, rank
+        self._last: tuple[Trial, Merged] | None = None
         self.items = items or self.config.test_items
         self.adapters = [read_adapter(folder.adapters / name) for name in self.names]
         self.probes: list[Probe] = [read_probe(folder.probe(name)) for name in self.names]
@@ -154,15 +155,18 @@ class Run:
     def _merged(self, trial: Trial) -> tuple[dict[str, LowRank], float, str]:
         if METHODS[trial.method].kind == "search":
             return self._searched(trial)
-        needs = METHODS[trial.method].needs
-        merged = merge(
-            self.adapters,
-            trial.method,
-            weights=self._weights(trial),
-            rank=self.rank,
-            probes=self.probes if needs else None,
-            **trial.options,
-        )
+        unscaled = replace(trial, scale=1.0)
+        if self._last is None or self._last[0] != unscaled:  # scales of one merge come in a row
+            merged = merge(
+                self.adapters,
+                trial.method,
+                weights=self._weights(trial),
+                rank=self.rank,
+                probes=self.probes if METHODS[trial.method].needs else None,
+                **trial.options,
+            )
+            self._last = unscaled, merged
+        merged = self._last[1]
         scaled = {m: update * trial.scale for m, update in merged.adapter.modules.items()}
         return scaled, merged.certificate.total, ""
 
