@@ -1,6 +1,7 @@
 """mergeprobe merge: every rule, its options, weights by part, configs, data, whole models."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import yaml
 from cli_samples import ANSWERS, command, printed, refused, small_world
 from safetensors.torch import load_file
 
+from mergeprobe.adapters.adapter import CARD, CARD_SCHEMA
 from mergeprobe.adapters.checkpoint import read_adapter
 from mergeprobe.compose.merge import METHODS, merge
 
@@ -150,6 +152,16 @@ def test_a_bf16_base_says_what_rounding_cost(capsys, world, tmp_path):
         whole += float(exact.square().sum())
     assert found["error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
     assert found["error"] > 1e-3
+
+
+def test_full_weights_of_another_base_are_refused(capsys, world, tmp_path):
+    shutil.copytree(world.adapters, tmp_path / "adapters")
+    card = {"schema": CARD_SCHEMA, "base_fingerprint": "feedfacefeedface"}
+    (tmp_path / "adapters" / NAMES[0] / CARD).write_text(json.dumps(card))
+    words = ("--full-weights", "--base", world.base, "--out", tmp_path / "m")
+    line = refused(capsys, "merge", tmp_path / "adapters", *words)
+    assert f"'{NAMES[0]}' was trained on base feedfacefeedface, but" in line
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize(

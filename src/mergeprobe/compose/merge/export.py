@@ -23,6 +23,7 @@ from mergeprobe.adapters.adapter import CARD, CARD_SCHEMA
 from mergeprobe.adapters.base import resolve_base
 from mergeprobe.adapters.checkpoint import Adapter, check_same_base
 from mergeprobe.adapters.tensor_file import Planned, write_tensors
+from mergeprobe.adapters.weights import BaseWeights
 from mergeprobe.artefact import MADE_BY, atomic_folder, refuse_existing
 from mergeprobe.compose.merge.data import Probes, probes_for
 from mergeprobe.compose.merge.recipe import Recipe, recipe
@@ -65,7 +66,8 @@ def merge_into_base(
 ) -> Written:
     """Merges PEFT folders and adds the exact result to the weights of `base`, in its own dtype.
 
-    base: a folder with safetensors, or what `load_base` takes. One tensor is in memory at a time.
+    base: a folder with safetensors, or what `load_base` takes. One tensor is in memory at a time;
+    where a card records its base's fingerprint, the base is loaded once to compare it.
     `out` holds every file of the base's folder, whole or not at all. Written.rank is 0: there
     is none. Raises what `merge_folders` raises, and BaseModelError for a base without safetensors
     or one that is quantised.
@@ -76,6 +78,7 @@ def merge_into_base(
     names = [adapter.name for adapter in adapters]
     check_adapters(adapters)
     check_same_base(adapters)
+    _check_base(adapters, base)
     asked = recipe(names, method, options, weights=weights, space=space, seed=seed, scaling=scaling)
     given = probes_for(method, asked.row.needs, names, probes)
     total = module_names(adapters)
@@ -104,6 +107,18 @@ def merge_into_base(
         certificate = errors.certificate()
         _write_card(folder, asked, adapters, certificate, stated or {})
     return Written(out, tuple(names), certificate, 0, 0, _entries(shards))
+
+
+def _check_base(adapters: Sequence[Adapter], base: str | Path) -> None:
+    """Adapters whose card names another base; those without a card can't be checked."""
+    recorded = [adapter for adapter in adapters if adapter.fingerprint]
+    given = BaseWeights.of(base).fingerprint() if recorded else None
+    for adapter in recorded:
+        if adapter.fingerprint != given:
+            raise AdapterMismatch(
+                f"'{adapter.name}' was trained on base {adapter.fingerprint}, but '{base}' is "
+                f"{given}"
+            )
 
 
 def base_folder(base: str | Path) -> Path:
