@@ -26,7 +26,7 @@ from mergeprobe.signals.families import Effort
 from mergeprobe.signals.gradient import sketch_size
 from mergeprobe.signals.panel import Panel
 from mergeprobe.signals.rows import AT_ONCE, LARGEST, joined, pair_blocks, pair_columns
-from mergeprobe.signals.sums import measure
+from mergeprobe.signals.sums import measure_blocks
 
 SCHEMA = 1
 KEY = "mergeprobe"
@@ -95,7 +95,9 @@ def add_pairs(
     _comparable(known, said, effort, place)
     fresh = [i for name, i in place.items() if name not in old]
     there = [i for name, i in place.items() if name in old]
-    across = measure(probes, effort, rows=fresh, largest=LARGEST, progress=progress)
+    blocks = [(fresh, None)] + ([(there, fresh)] if there and fresh else [])
+    panels = measure_blocks(probes, effort, blocks, largest=LARGEST, progress=progress)
+    across = panels[0]
     norms = across.own("energy", "all").sqrt().tolist()
     for name, norm in old.items():
         if abs(norms[place[name]] - norm) > SAME_NORM * max(norm, norms[place[name]]):
@@ -103,23 +105,37 @@ def add_pairs(
                 f"'{name}' has norm {norms[place[name]]:.6g} now and {norm:.6g} in '{known}': it "
                 "changed since; measure all pairs again"
             )
-    new = [joined(pair_blocks(across))]
-    if there and fresh:
-        back = measure(probes, effort, rows=there, columns=fresh, largest=LARGEST)
-        new.append(joined(pair_blocks(back)))
-    blocks = _lazy(lambda: _merged(known, pl.concat(new), list(place)))
-    _sink(blocks, out, facts(across, effort), force=force)
+    new = pl.concat([joined(pair_blocks(panel)) for panel in panels])
+    rows = _lazy(lambda: _merged(known, list(old), new, list(place)))
+    _sink(rows, out, facts(across, effort), force=force)
     return len(fresh)
 
 
-def _merged(known: str | Path, new: pl.DataFrame, names: list[str]) -> Iterator[pl.DataFrame]:
-    """Old and new rows in the order of `names`, some adapters' at a time."""
+def _merged(
+    known: str | Path, before: list[str], new: pl.DataFrame, names: list[str]
+) -> Iterator[pl.DataFrame]:
+    """Old and new rows in the order of `names`, some adapters' at a time. before: the adapters of
+    the old table, in its order; each has one row with every other one."""
     old = pl.scan_parquet(known).select("a", "b", *_names())
-    order = pl.Enum(names)
+    order, each = pl.Enum(names), len(before) - 1
+    place = {name: row for row, name in enumerate(before)}
     for start in range(0, len(names), AT_ONCE):
-        here = pl.col("a").is_in(names[start : start + AT_ONCE])
-        both = pl.concat([old.filter(here).collect(), new.filter(here)])
+        some = names[start : start + AT_ONCE]
+        rows = sorted(place[name] for name in some if name in place)
+        runs = [
+            old.slice(first * each, count * each).collect() for first, count in _consecutive(rows)
+        ]
+        both = pl.concat([*runs, new.filter(pl.col("a").is_in(some))])
         yield both.sort(pl.col("a").cast(order), pl.col("b").cast(order))
+
+
+def _consecutive(rows: list[int]) -> Iterator[tuple[int, int]]:
+    """(first, how many) of every run in ascending whole numbers."""
+    first = 0
+    for place, row in enumerate(rows):
+        if place + 1 == len(rows) or rows[place + 1] != row + 1:
+            yield rows[first], place + 1 - first
+            first = place + 1
 
 
 def _comparable(

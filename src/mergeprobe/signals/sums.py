@@ -61,29 +61,66 @@ def measure(
     Raises ProbeError for no probes, two of one name or one with entries that are not finite,
     AdapterMismatch for other bases.
     """
+    work = _work(probes, effort, rows, columns, pairs, sets, layers, triples, largest)
+    _visit([work], progress)
+    return work.panel()
+
+
+def measure_blocks(
+    probes: Sequence[Probe],
+    effort: Effort | None,
+    blocks: Sequence[tuple[Sequence[int] | None, Sequence[int] | None]],
+    *,
+    largest: Mapping[str, Callable[[Panel, str], Tensor]] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Panel]:
+    """`measure` for several (rows, columns) at once: every module is read once for all of them."""
+    works = [_work(probes, effort, *block, largest=largest) for block in blocks]
+    _visit(works, progress)
+    return [work.panel() for work in works]
+
+
+def _work(
+    probes: Sequence[Probe],
+    effort: Effort | None,
+    rows: Sequence[int] | None,
+    columns: Sequence[int] | None,
+    pairs: bool = True,
+    sets: Sequence[Sequence[str]] = (),
+    layers: bool = False,
+    triples: bool = False,
+    largest: Mapping[str, Callable[[Panel, str], Tensor]] | None = None,
+) -> _Work:
     probes, effort = tuple(probes), effort or Effort()
     check_probes(probes)
     modules = tuple(sorted({m for probe in probes for m in probe.updates}, key=natural))
-    at = places(modules, probes, layers=layers)
     everyone = range(len(probes))
-    work = _Work(
+    return _Work(
         probes,
         tuple(rows if rows is not None else everyone) if pairs else (),
         tuple(columns if columns is not None else everyone) if pairs else (),
         modules,
-        at,
+        places(modules, probes, layers=layers),
         tuple(resolve(chosen, probes) for chosen in sets),
         effort,
         effort.chosen(),
         dict(largest or {}),
         triples,
     )
-    with one_thread() if len(probes) < FEW else nullcontext():
-        for index, module in enumerate(modules):
+
+
+def _visit(works: Sequence[_Work], progress: Callable[[str], None] | None) -> None:
+    first = works[0]
+    for work in works[1:]:
+        work.each = first.each  # of single adapters: taken once
+    with one_thread() if len(first.probes) < FEW else nullcontext():
+        for index, module in enumerate(first.modules):
             if progress is not None:
-                progress(f"module {index + 1} of {len(modules)}")
-            work.module(index, module)
-    return work.panel()
+                progress(f"module {index + 1} of {len(first.modules)}")
+            stacks = first.read(module)
+            first.alone(index, stacks)
+            for work in works:
+                work.module(index, stacks)
 
 
 def places(modules: Sequence[str], probes: Sequence[Probe], *, layers: bool) -> tuple[Place, ...]:
@@ -129,13 +166,14 @@ class _Work:
         self.square = self.rows == self.columns == tuple(range(len(self.probes)))
         self.means = {name for family in self.families for name in family.weighted}
 
-    def module(self, index: int, module: str) -> None:
-        stacks = self._stacks(module, range(len(self.probes)))
+    def alone(self, index: int, stacks: list[Stack]) -> None:
         for stack in stacks:
             parts = [update.own(stack)]
             parts += [own(stack) for family in self.families for own in family.own]
             for name, values in (item for part in parts for item in part.items()):
                 self._own(name)[index, list(stack.span)] = values.to("cpu")
+
+    def module(self, index: int, stacks: list[Stack]) -> None:
         for one, first in enumerate(down := self._of(stacks, self.rows)):
             for two, second in enumerate(down if self.square else self._of(stacks, self.columns)):
                 if self.square and two < one:
@@ -147,13 +185,16 @@ class _Work:
             found = curvature.triples(stacks[0].gathered(range(len(self.probes)), stacks[1:]))
             self.triples = _added(self.triples, found)
 
-    def _stacks(self, module: str, chosen: Sequence[int]) -> list[Stack]:
+    def read(self, module: str) -> list[Stack]:
+        """All probes at one module, in runs whose products are tiles of a good size."""
         dtype = PRECISIONS[self.effort.precision]
-        held = {i: self.probes[i].updates for i in chosen}
-        ranks = {i: rank_of(held[i], module) if module in held[i] else 1 for i in chosen}
+        ranks = {
+            i: rank_of(probe.updates, module) if module in probe.updates else 1
+            for i, probe in enumerate(self.probes)
+        }
         side = self.effort.side(sum(ranks.values()))
         spans, width = [[]], 1
-        for i in chosen:
+        for i in ranks:
             if spans[-1] and (len(spans[-1]) + 1) * max(width, ranks[i]) > side:
                 spans.append([])
                 width = 1
