@@ -7,8 +7,8 @@ pairs are visited, so adding one adapter to N costs N pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -24,20 +24,9 @@ from mergeprobe.signals.files import rank_of
 from mergeprobe.signals.panel import Panel, Place
 from mergeprobe.signals.site import Site
 from mergeprobe.signals.stack import Stack
+from mergeprobe.threads import one_thread
 
 FEW = 32  # probes: below, a second thread only slows thousands of small products
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One torch thread meanwhile: thousands of small products, which a second thread only slows
-    (2.4 s against 9 to 20 s for five adapters of 210 modules on two busy cores)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def measure(

@@ -90,7 +90,7 @@ def absent(like: LowRank) -> LowRank:
     return LowRank(like.B[:, :0], like.A[:0])
 
 
-def written(exact: Exact, recipe: Recipe, exact_rank: int) -> tuple[LowRank, float, float]:
+def written(exact: Exact, exact_rank: int, recipe: Recipe) -> tuple[LowRank, float, float]:
     """(what is written of the exact merge, its relative error, the norm of the exact merge).
 
     The recipe's rank: smaller truncates, larger pads with zeros. None keeps a low-rank result

@@ -73,8 +73,8 @@ def _by_gram(update: LowRank, rank: int) -> tuple[LowRank, float, float] | None:
     # B A = (Q U) (Uᵀ R A), each side scaled so that they share the singular value evenly
     root = torch.where(real, kept, 0.0).pow(0.25)
     away = torch.where(real, 1.0 / root.masked_fill(~real, 1.0), 0.0)
-    left = b @ (torch.linalg.solve_triangular(r, u, upper=True) * root)
-    right = (away[:, None] * (u.T @ r)) @ a
-    wide = torch.promote_types(update.B.dtype, torch.float32)
-    found = LowRank(left.to(wide), right.to(wide))
+    into = torch.linalg.solve_triangular(r, u, upper=True) * (root * update.scaling)
+    onto = away[:, None] * (u.T @ r)
+    wide = torch.promote_types(update.B.dtype, torch.float32)  # of what is written
+    found = LowRank(update.B.to(wide) @ into.to(wide), onto.to(wide) @ update.A.to(wide))
     return found, math.sqrt(lost / total) if total > 0 else 0.0, math.sqrt(total)

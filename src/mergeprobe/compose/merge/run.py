@@ -1,14 +1,15 @@
 """merge: any rule of METHODS over whole adapters in memory, module by module, with a certificate.
 
-`stream.merge_folders` does the same from folders to a folder, holding one module at a time.
+`stream.merge_folders` does the same from folders to a folder, holding a module a thread.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from mergeprobe.adapters.checkpoint import Adapter, check_same_base, natural, shared_placement
@@ -24,6 +25,7 @@ from mergeprobe.compose.merge.recipe import Recipe, recipe
 from mergeprobe.compose.merge.weights import Weights, depth_of, weights_at
 from mergeprobe.errors import AdapterMismatch, MergeError
 from mergeprobe.lowrank import LowRank
+from mergeprobe.threads import in_order
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,9 @@ def merge(
     check_adapters(adapters)
     fingerprint = check_same_base(adapters)
     modules, errors = {}, Errors()
-    for module, exact, highest in each_module(adapters, asked, given):
-        modules[module], error, size = written(exact, asked, highest)
+    finish = partial(written, recipe=asked)
+    for module, update, error, size in each_module(adapters, asked, given, finish):
+        modules[module] = update
         errors.add(module, error, size)
     certificate = errors.certificate()
     merged = Adapter(
@@ -127,18 +130,26 @@ def merge(
     return Merged(merged, certificate)
 
 
+Finish = Callable[[Exact, int], tuple[LowRank, float, float]]
+"""finish(exact, its rank) -> (what is written of it, relative error, norm)."""
+
+
 def each_module(
-    adapters: Sequence[Adapter], asked: Recipe, probes: Sequence[Probe]
-) -> Iterator[tuple[str, Exact, int]]:
-    """(module, its exact merge, the rank of that) for one module after the other.
+    adapters: Sequence[Adapter], asked: Recipe, probes: Sequence[Probe], finish: Finish
+) -> Iterator[tuple[str, LowRank, float, float]]:
+    """(module, what `finish` makes of its exact merge) for one module after the other; as many at
+    a time as there are threads.
 
     Raises what `merged_module` does.
     """
     modules = module_names(adapters)
     depth = depth_of(modules)
-    for module in modules:
+
+    def one(module: str) -> tuple[str, LowRank, float, float]:
         exact = merged_module(adapters, asked, probes, module, depth)
-        yield module, exact, exact_rank(updates_at(adapters, module))
+        return module, *finish(exact, exact_rank(updates_at(adapters, module)))
+
+    return in_order(one, modules)
 
 
 def merged_module(

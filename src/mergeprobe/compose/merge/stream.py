@@ -1,7 +1,8 @@
 """merge_folders: adapters on disk in, one plain LoRA on disk out, one module at a time.
 
 The folders are memory-mapped and the result is spooled, so that memory holds one module of every
-adapter, whatever their number of modules. The numbers are those of `merge`.
+adapter (for each thread, and one more), whatever their number of modules. The numbers are those of
+`merge`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mergeprobe.adapters.weights import BaseWeights
 from mergeprobe.artefact import refuse_existing
 from mergeprobe.capture.probe import Probe
 from mergeprobe.compose.merge.data import Probes, probes_for
-from mergeprobe.compose.merge.module import exact_rank, rounded, written
+from mergeprobe.compose.merge.module import Exact, exact_rank, rounded, written
 from mergeprobe.compose.merge.recipe import Recipe, recipe
 from mergeprobe.compose.merge.run import (
     Certificate,
@@ -39,6 +40,7 @@ from mergeprobe.compose.merge.run import (
 from mergeprobe.compose.merge.spool import Spool
 from mergeprobe.compose.merge.weights import Weights
 from mergeprobe.errors import AdapterError, MergeError
+from mergeprobe.lowrank import LowRank
 
 # the largest rank that vLLM serves (--max-lora-rank); an exact merge of many adapters exceeds it
 LARGEST_SERVED = 512
@@ -143,10 +145,15 @@ def _spooled(
     """Merges into the spool. AdapterError if an adapter turns out to be zero everywhere."""
     errors, total = Errors(), len(module_names(adapters))
     untrained = {adapter.name for adapter in adapters}
-    for done, (module, exact, at_most) in enumerate(each_module(adapters, asked, probes)):
-        update, error, size = written(exact, asked, at_most)
+
+    def finish(exact: Exact, highest: int) -> tuple[LowRank, float, float]:
+        update, error, size = written(exact, highest, asked)
         if dtype is not torch.float32:
             update, error = rounded(update, exact, size, dtype)
+        return update, error, size
+
+    merged = each_module(adapters, asked, probes, finish)
+    for done, (module, update, error, size) in enumerate(merged):
         spool.add(module, update)
         errors.add(module, error, size)
         untrained -= {a.name for a in adapters if trained(a, module)} if untrained else set()
