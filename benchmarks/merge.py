@@ -93,6 +93,7 @@ def make_adapters(folder: Path, count: int, layers: int, modules: int = len(SHAP
         path = write_adapter(Adapter(f"a{index}", updates, base="smol"), folder / f"a{index}")
         (path / CARD).unlink()
         made.append(path)
+    os.sync()  # or merges that write their result safely would wait for these files
     return made
 
 
@@ -181,6 +182,7 @@ def mergekit_ties(python: str, work: Path, layers: int, count: int, threads: int
         [python, "-m", "mergekit.scripts.run_yaml", str(work / "mergekit.yaml"),
          str(work / "mergekit"), "--no-copy-tokenizer", "--allow-crimes"],
         check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
     )  # fmt: skip
     return time.perf_counter() - start
 

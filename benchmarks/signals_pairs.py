@@ -177,7 +177,8 @@ def measured(name: str, probes: list, work: Path) -> tuple[float, dict[str, Any]
     wanted = {key: value for key, value in LARGEST.items() if key in FAMILY_OF[name]}
     seconds, panel = timed(lambda: measure(probes, effort, largest=wanted))
     writing, _ = timed(lambda: write_pairs(panel, out, effort))
-    return seconds, {"writing": writing, "gflop": product_gflop(probes, effort)}
+    more = {"writing": writing, "gflop": product_gflop(probes, effort)}
+    return seconds, more | ({"products": product_speed(probes, effort)} if name == "gram" else {})
 
 
 FAMILY_OF = {
@@ -204,6 +205,22 @@ def product_gflop(probes: list, effort: Any) -> float:
         tiles = sum(a * b for i, a in enumerate(sides) for b in sides[i:])
         total += 2.0 * tiles * rank * rank * (out + into)
     return total / 1e9
+
+
+def product_speed(probes: list, effort: Any, repeats: int = 5) -> float:
+    """GFLOP/s of those products by themselves: one tile a size of the modules' sides, best of
+    `repeats`, each size weighted by its work."""
+    updates = probes[0].updates
+    rank = max(updates.ranks.values())
+    run = min(effort.side(rank * len(probes)) // rank, len(probes))
+    sides = [size for shape in updates.shapes.values() for size in shape]
+    work = seconds = 0.0
+    for size in set(sides):
+        one, two = torch.randn(rank * run, size), torch.randn(rank * run, size)
+        best = min(timed(lambda one=one, two=two: one @ two.T)[0] for _ in range(repeats))
+        work += sides.count(size) * 2e-9 * (rank * run) ** 2 * size
+        seconds += sides.count(size) * best
+    return work / seconds
 
 
 def screening_errors(found: Any, work: Path) -> dict[str, float]:
@@ -331,6 +348,11 @@ def show(figures: dict[str, Any]) -> None:
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     for row in figures["ours"]:
+        if row["step"] == "gram":
+            print(
+                f"{row['adapters']} adapters: its products by themselves run at "
+                f"{row['products'] / peak:.0%} of the float32 product's speed"
+            )
         if row["step"] == "screen":
             print(
                 f"screening {row['adapters']}: worst error {row['worst_error']:.4f}, largest "
