@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from mergeprobe.errors import PlanError
 from mergeprobe.plan import Action, Forecast, Group, plan_dict, read_plan, write_plan
 from mergeprobe.predict.costs import rank_for_budget, resident_parameters
+from mergeprobe.predict.options import measured
 from mergeprobe.predict.partition import BILLION, exact
-from mergeprobe.predict.planner import AdapterInfo, group_names, make_plan, measured
+from mergeprobe.predict.planner import AdapterInfo, group_names, make_plan
 from mergeprobe.predict.search import local_search
 
 SIZE = 1_200_000  # one adapter at rank 8

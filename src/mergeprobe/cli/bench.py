@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mergeprobe.bench.bank.jobs import Job
 
 RUN = (
-    "mergeprobe bench run c01",
+    "mergeprobe bench run t1",
     "mergeprobe bench run --work runs/bank --out rows --data data/",
     "mergeprobe bench run --work /shared/bank --ray auto",
 )
@@ -68,7 +68,7 @@ def run(
 ) -> None:
     """Train, probe, merge and measure cohorts of six adapters, and write their rows.
 
-    About 45 minutes a cohort on two cores. Killed at any moment, the same command goes on where
+    About an hour a cohort on two cores. Killed at any moment, the same command goes on where
     it was; with all rows there it does nothing.
     """
     from mergeprobe.bench.bank.cohorts import chosen

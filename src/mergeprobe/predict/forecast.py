@@ -25,7 +25,8 @@ from mergeprobe.predict.candidates import KEPT, candidates
 from mergeprobe.predict.costs import resident_parameters
 from mergeprobe.predict.early import ModelTier
 from mergeprobe.predict.learned import Learned
-from mergeprobe.predict.planner import AdapterInfo, Cost, make_plan
+from mergeprobe.predict.options import Cost
+from mergeprobe.predict.planner import AdapterInfo, make_plan
 from mergeprobe.predict.predictor import Predictor
 from mergeprobe.predict.signal_rows import early_row, final_norms, signal_rows
 from mergeprobe.predict.trimming import trimmed

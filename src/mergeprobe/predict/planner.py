@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
@@ -11,7 +11,6 @@ from typing import Literal
 from mergeprobe.errors import PlanError
 from mergeprobe.plan import (
     SEPARABLE,
-    Action,
     AdapterRef,
     FrontierPoint,
     Group,
@@ -19,6 +18,7 @@ from mergeprobe.plan import (
     Route,
     check_name,
 )
+from mergeprobe.predict.options import Candidates, Cost, measured
 from mergeprobe.predict.partition import (
     BILLION,
     NO_FLOOR,
@@ -28,17 +28,12 @@ from mergeprobe.predict.partition import (
     cautious,
     exact,
     frontier,
-    pareto,
     tightened,
 )
 from mergeprobe.predict.reasons import Confidence, Setting, group_reasons, number, plan_reasons
 from mergeprobe.predict.search import local_search, searched_frontier
 
-AN_ADAPTER = 10**15  # more than any adapter's parameters: adapters are counted first
 EXACT_UP_TO = 10  # Bell(10) = 115,975 partitions of 1,023 sets; beyond, a local search
-
-Cost = Literal["adapters", "parameters"]
-Candidates = Callable[[tuple[str, ...]], Sequence[Group]]
 
 
 @dataclass(frozen=True)
@@ -219,56 +214,6 @@ def _check(adapters: Sequence[AdapterInfo], min_retention: float, max_adapters: 
         )
     if max_adapters is not None and max_adapters < 1:
         raise PlanError(f"max_adapters is {max_adapters}; expected at least 1")
-
-
-def measured(
-    names: tuple[str, ...], candidates: Candidates, confidence: Confidence, cost: Cost = "adapters"
-) -> Options:
-    """bitmask -> the Pareto-optimal options of that set; asks `candidates` once per set."""
-    known: dict[int, tuple[Option, ...]] = {}
-
-    def options(mask: int) -> tuple[Option, ...]:
-        if mask not in known:
-            members = tuple(name for i, name in enumerate(names) if mask >> i & 1)
-            groups = [
-                group
-                for group in candidates(members)
-                if len(members) == 1 or group.action is not Action.route
-            ]
-            if len(members) == 1 and not groups:
-                raise PlanError(f"'{members[0]}' has no candidate of its own; offer it as 'route'")
-            known[mask] = pareto(
-                [_option(group, members, mask, confidence, cost) for group in groups]
-            )
-        return known[mask]
-
-    return options
-
-
-def _option(
-    group: Group, members: tuple[str, ...], mask: int, confidence: Confidence, cost: Cost
-) -> Option:
-    if set(group.adapters) != set(members):
-        raise PlanError(f"a candidate for {list(members)} is for {list(group.adapters)} instead")
-    if lacking := [name for name in members if name not in group.forecast]:
-        raise PlanError(f"a candidate for {list(members)} has no forecast for '{lacking[0]}'")
-    if group.resident_parameters is None:
-        raise PlanError(f"a candidate for {list(members)} does not say its resident_parameters")
-    forecasts = [group.forecast[name] for name in members]
-    point = [round(forecast.retention * BILLION) for forecast in forecasts]
-    low = [round(forecast.low * BILLION) for forecast in forecasts]
-    kept = point if confidence == "point" else low
-    resident = len(members) if group.action is Action.logits else 1
-    return Option(
-        mask,
-        group,
-        worst=min(kept),
-        total=sum(kept),
-        parameters=group.resident_parameters,
-        cost=group.resident_parameters + (AN_ADAPTER * resident if cost == "adapters" else 0),
-        low_worst=min(low),
-        low_total=sum(low),
-    )
 
 
 def _written(setting: Setting, chosen: Partition) -> tuple[Group, ...]:
