@@ -78,7 +78,7 @@ def live(tmp_path, against, **options):
 
 
 def offline(tmp_path, others, tier=None):
-    """name -> the lower retention of the pair under the better rule, from the files."""
+    """name -> the lower retention of the pair under the best rule, from the files."""
     mine = read_probe(tmp_path / "mine.safetensors")
     theirs = [read_probe(others / f"{name}.safetensors") for name in ("far", "near")]
     asked = forecast([mine, *theirs], model=tier and tier([mine, *theirs]))
@@ -87,7 +87,7 @@ def offline(tmp_path, others, tier=None):
         group = ("mine", other)
         kept = [
             min(asked.forecast(name, group, method).retention for name in group)
-            for method in ("mean", "sum")
+            for method in asked.methods(group)
         ]
         found[other] = max(kept)
     return found, asked.plan(min_retention=0.9).group_of("mine").action
