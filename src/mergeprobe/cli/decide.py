@@ -22,7 +22,7 @@ from mergeprobe.cli.options import (
 from mergeprobe.cli.routing import Trained
 
 if TYPE_CHECKING:
-    from mergeprobe.predict.forecast import Forecaster
+    from mergeprobe.predict.forecaster import Forecaster
 
 FORECAST = (
     "mergeprobe forecast probes/",

@@ -12,7 +12,7 @@ from mergeprobe.plan import Action, Forecast, Group
 
 if TYPE_CHECKING:  # only a run with against= loads the forecaster
     from mergeprobe.predict.early import ModelTier
-    from mergeprobe.predict.forecast import Forecaster
+    from mergeprobe.predict.forecaster import Forecaster
     from mergeprobe.predict.predictor import Predictor
 
 SHOWN = 3

@@ -16,7 +16,7 @@ from mergeprobe.predict.pruning import harmful
 from mergeprobe.predict.trimming import cuts
 
 if TYPE_CHECKING:
-    from mergeprobe.predict.forecast import Forecaster
+    from mergeprobe.predict.forecaster import Forecaster
 
 LOGITS_SPREAD = 0.15
 KEPT = Forecast(retention=1.0, low=1.0, high=1.0)

@@ -15,7 +15,7 @@ from mergeprobe.errors import NotForecastable
 from mergeprobe.plan import Action, Forecast, Group, Plan
 
 if TYPE_CHECKING:
-    from mergeprobe.predict.forecast import Forecaster
+    from mergeprobe.predict.forecaster import Forecaster
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # the share of its retention that cutting may cost an adapter; merging is what the floor is for

@@ -1,0 +1,264 @@
+"""Forecaster: what is forecast of a list of adapters, once each, and the plan made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from mergeprobe.capture.probe import Probe
+from mergeprobe.errors import NotForecastable
+from mergeprobe.plan import Forecast, Plan
+from mergeprobe.predict import ridge, surrogate
+from mergeprobe.predict.blend import Tier, around, blend, clip
+from mergeprobe.predict.candidates import KEPT, candidates
+from mergeprobe.predict.costs import resident_parameters
+from mergeprobe.predict.early import ModelTier
+from mergeprobe.predict.learned import Learned
+from mergeprobe.predict.options import Cost
+from mergeprobe.predict.planner import AdapterInfo, make_plan
+from mergeprobe.predict.signal_rows import early_row
+from mergeprobe.predict.trimming import trimmed
+from mergeprobe.predict.weighing import WEIGHTED, weights_of, worth_asking
+
+PASSES_A_PAIR = 10  # below this a pair is left to the file tier
+SET_MARGIN = 0.05  # sets that hold a pair this far below the floor are not measured
+
+
+@dataclass
+class Forecaster:
+    """One tier's forecasts of a list of adapters.
+
+    evidence: (adapter, others, method) -> what the forecast was made from, by part.
+    missing: what would make the forecasts better, in words. norms: ‖ΔW‖ at the end of training.
+    floor, together, by_rank (whether single adapters are offered at smaller ranks): of the plan.
+    """
+
+    tier: Tier
+    probes: tuple[Probe, ...]
+    fingerprint: str | None
+    tables: dict[str, pl.DataFrame]
+    missing: tuple[str, ...]
+    norms: dict[str, float]
+    floor: float = 0.9
+    together: tuple[tuple[str, ...], ...] = ()
+    by_rank: bool = False
+    quadratic: surrogate.QuadraticModel | None = None
+    lengths: np.ndarray | None = None
+    model: ModelTier | None = None
+    learned: Learned | None = None
+    progress: Callable[[str], None] = lambda message: None
+    evidence: dict[tuple[str, tuple[str, ...], str], dict[str, float]] = field(default_factory=dict)
+    _known: dict[tuple[str, tuple[str, ...], str], Forecast] = field(default_factory=dict)
+
+    def forecast(self, name: str, group: Sequence[str], method: str) -> Forecast:
+        """Retention of `name` when `group` (itself included) is merged by `method`."""
+        others = tuple(other for other in sorted(group) if other != name)
+        if not others:
+            return KEPT
+        key = (name, others, method)
+        if key not in self._known:
+            found = self.learned.forecast(name, others, method) if self.learned else None
+            if found is None and method not in WEIGHTED:
+                raise NotForecastable(
+                    f"no forecast for the merge method '{method}' without a learned predictor that "
+                    f"knows it and adapters like its own; known here are {', '.join(WEIGHTED)}"
+                )
+            if found is not None:
+                self._known[key] = found
+            elif len(others) == 1:
+                self._known[key] = self._pair(name, others[0], method)
+            else:
+                self._known[key] = self._set(name, others, method)
+        return self._known[key]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every forecast so far came from the learned predictor."""
+        return self.learned is not None and not self.learned.far
+
+    def early(self, name: str, group: tuple[str, ...]) -> dict[str, float]:
+        """The model tier's part of a row; {} without a model, or where its budget is spent."""
+        if self.model is None or self.model.left() < PASSES_A_PAIR:
+            return {}
+        others = " + ".join(other for other in group if other != name)
+        self.progress(f"what {others} can do to {name}")
+        try:
+            return early_row(self.model, name, group, self.methods(group))
+        except NotForecastable:
+            return {}
+
+    def _pair(self, name: str, other: str, method: str) -> Forecast:
+        parts = self._parts(name, (other,), method)
+        self.evidence[name, (other,), method] = parts
+        return blend(parts, method, self.tier)
+
+    def _set(self, name: str, others: tuple[str, ...], method: str) -> Forecast:
+        pairs = [self.forecast(name, (name, other), method) for other in others]
+        combined = ridge.combine(pairs, len(others) + 1, method)
+        if self.tier != "model" or self._hopeless((name, *others), method):
+            return combined
+        assert self.model is not None
+        self.progress(f"what {' + '.join(others)} do to {name}, merged by {method}")
+        weights = self.weights((name, *others), method)
+        try:
+            early = clip(self.model.extrapolated_merge(name, weights))
+        except NotForecastable:  # the budget is spent: the pairs have to do
+            return combined
+        self.evidence[name, others, method] = {"extrapolated_merge": early}
+        # the two see different things: pairs what builds up, the set's own merge what cancels
+        middle = (combined.retention + early) / 2
+        return around(middle, combined, abs(combined.retention - early) / 2)
+
+    def _hopeless(self, group: Sequence[str], method: str) -> bool:
+        """Whether some pair inside the group falls so far below the floor that the group will."""
+        return any(
+            self.forecast(one, (one, other), method).retention < self.floor - SET_MARGIN
+            for one, other in permutations(group, 2)
+        )
+
+    def _parts(self, name: str, others: tuple[str, ...], method: str) -> dict[str, float]:
+        parts = {}
+        group = (name, *others)
+        pairs = self.tables["pairs"]
+        rows = pairs.filter((pl.col("b") == name) & pl.col("a").is_in(others))
+        for column in ("frobenius_cosine", "norm_ratio", "gradient_cosine_base"):
+            if column in rows.columns and rows[column].null_count() == 0:
+                parts[column] = float(rows[column].max())  # type: ignore[arg-type]
+        if self.quadratic is not None:
+            weights = self.weights(group, method)
+            found = surrogate.set_retentions(self.quadratic, group, weights, self.lengths)
+            parts["surrogate"] = found[name]
+        if self.model is not None and self.model.left() >= PASSES_A_PAIR:
+            self.progress(f"what {' + '.join(others)} does to {name}, merged by {method}")
+            parts |= self.model.set_features(name, group, method)
+            weights = self.weights(group, method)
+            parts["extrapolated_merge"] = self.model.extrapolated_merge(name, weights)
+        return parts
+
+    def weights(self, group: Sequence[str], method: str) -> dict[str, float]:
+        """What `method` multiplies each finished update of the group by, as far as is known now."""
+        return weights_of(method, {name: self.norms[name] for name in group})
+
+    def methods(self, group: Sequence[str]) -> tuple[str, ...]:
+        """The merge rules that are worth a forecast for this group."""
+        return worth_asking({name: self.norms[name] for name in group})
+
+    def infos(self) -> list[AdapterInfo]:
+        return [
+            AdapterInfo(
+                probe.name,
+                max(update.r for update in probe.updates.values()),
+                self.parameters([probe.name]),
+                path=str(probe.path) if probe.path and self.tier == "weights" else None,
+            )
+            for probe in self.probes
+        ]
+
+    def parameters(self, names: Sequence[str], rank: int | None = None) -> int:
+        """Resident parameters of one adapter at a rank, by default the largest of `names`."""
+        mine = [probe for probe in self.probes if probe.name in names]
+        shapes = {m: u.shape for probe in mine for m, u in probe.updates.items()}
+        return resident_parameters(shapes, rank or self.rank(names))
+
+    def rank(self, names: Sequence[str]) -> int:
+        """The largest rank among `names`."""
+        mine = [probe for probe in self.probes if probe.name in names]
+        return max(update.r for probe in mine for update in probe.updates.values())
+
+    def plan(
+        self,
+        *,
+        min_retention: float = 0.9,
+        keep_ranks: bool = False,
+        cost: Cost = "adapters",
+        together: Sequence[Sequence[str]] = (),
+        **options: Any,
+    ) -> Plan:
+        """The cheapest partition above the floor; see planner.make_plan. Its groups are cut to the
+        ranks that do (trimming.trimmed), unless keep_ranks."""
+        self.floor, self.together = min_retention, tuple(map(tuple, together))
+        self.by_rank = cost == "parameters" and self.model is not None and not keep_ranks
+        names = [probe.name for probe in self.probes]
+        for one, other in permutations(names, 2):  # pairs first: sets may use the budget up
+            for method in self.methods((one, other)):
+                self.forecast(one, (one, other), method)
+        first = self.probes[0].meta
+        plan = make_plan(
+            self.infos(),
+            partial(candidates, self),
+            min_retention=min_retention,
+            cost=cost,
+            together=together,
+            tier=self.tier,
+            base=first.get("base") or "",
+            base_fingerprint=self.fingerprint,
+            calibrated=self.learned is not None,
+            missing=self.missing,
+            **options,
+        )
+        if not keep_ranks:
+            self.progress("which ranks do")
+            plan = trimmed(self, plan)
+        if self.learned is None or not self.learned.far:
+            return plan
+        said = f"{self._far()}: these come from the surrogate and the early merge, uncalibrated"
+        return plan.model_copy(update={"calibrated": False, "reasons": (*plan.reasons, said)})
+
+    def _far(self) -> str:
+        assert self.learned is not None
+        names = sorted({name for name, _, _ in self.learned.far})
+        return (
+            f"{len(self.learned.far)} of {len(self._known)} forecasts (of {', '.join(names)}) lie "
+            "outside of what the learned predictor has seen"
+        )
+
+    def signal_rows(self) -> pl.DataFrame:
+        """Pair rows of the file tier, with the model tier's columns where it ran (prefix early_
+        where a name would clash). One row per ordered pair: what a does to b."""
+        if self.model is None:
+            return self.tables["pairs"]
+        rows = []
+        names = [probe.name for probe in self.probes]
+        for a, b in permutations(names, 2):
+            row: dict[str, Any] = {"a": a, "b": b}
+            for method in self.methods((a, b)):
+                row |= self.model.set_features(b, (a, b), method)
+            rows.append(row)
+        early = pl.DataFrame(rows, infer_schema_length=None)
+        return self.tables["pairs"].join(early, on=["a", "b"], how="left")
+
+    def forecast_rows(self) -> pl.DataFrame:
+        """Every forecast that was asked for: adapter, others, method, retention, low, high, and
+        the parts it was made from."""
+        rows = []
+        for (name, others, method), forecast in sorted(self._known.items()):
+            parts = self.evidence.get((name, others, method), {})
+            rows.append(
+                {
+                    "adapter": name,
+                    "others": "+".join(others),
+                    "method": method,
+                    "tier": self.tier,
+                    "retention": forecast.retention,
+                    "low": forecast.low,
+                    "high": forecast.high,
+                    "surrogate": parts.get("surrogate"),
+                    "early_merge": parts.get(f"early_retention_{method}"),
+                    "extrapolated_merge": parts.get("extrapolated_merge"),
+                }
+            )
+        return pl.DataFrame(rows, schema=FORECAST_COLUMNS)
+
+
+FORECAST_COLUMNS: dict[str, Any] = {
+    **dict.fromkeys(("adapter", "others", "method", "tier"), pl.String),
+    **dict.fromkeys(
+        ("retention", "low", "high", "surrogate", "early_merge", "extrapolated_merge"), pl.Float64
+    ),
+}
