@@ -52,6 +52,8 @@ GRID: dict[str, tuple[dict[str, Any], ...]] = {
     "della": ({"density": 0.3}, {"density": 0.7}),
     "della_linear": ({"density": 0.3}, {"density": 0.7}),
     "svc": ({"alpha": 0.5}, {"alpha": 0.9}),
+    "iso_c": ({"scale": 3.0},),  # best at 2, the largest of SCALES: one beyond
+    "iso_cts": ({"scale": 3.0},),
     "fisher": ({"normalise": 0},),
     "regmean": ({"ridge": 0.1}, {"ridge": 1.0}, {"shrink": 0.5}, {"shrink": 0.0}),
     "osrm": ({"directions": 1}, {"directions": 3}, {"directions": 16}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
 
 def in_order(
     work: Callable[[In], Out], items: Iterable[In], at_once: int | None = None
-) -> Iterator[Out]:
+) -> Generator[Out, None, None]:
     """work(item) of every item, in their order; `at_once` (default: torch's threads, at most one a
     core) of them are done at a time, each by one torch thread, and one result waits at most.
 
