@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
 from tiny_base import tiny_model, write_tiny_base
 
 from mergeprobe.adapters.base import load_base
@@ -86,11 +87,10 @@ def test_same_prompts_are_not_promised():
 
 
 def test_the_classifier_is_logistic_regression():
-    linear_model = pytest.importorskip("sklearn.linear_model")
     parts = [rows.double() for rows in clouds(0.0, 2.0, 4.0)]
     found = fit_classifier(parts)
     labels = [k for k, rows in enumerate(parts) for _ in rows]
-    theirs = linear_model.LogisticRegression(C=1.0, tol=1e-10, max_iter=5000)
+    theirs = LogisticRegression(C=1.0, tol=1e-10, max_iter=5000)
     theirs.fit(torch.cat(parts).numpy(), labels)
     points = torch.cat(clouds(0.0, 2.0, 4.0, seed=9)).double()
     expected = torch.tensor(theirs.predict_proba(points.numpy()))
