@@ -1,35 +1,32 @@
 """Merge, compose logits, or route: retention and cost of each, on trained adapters.
 
-    python benchmarks/deployments.py RUN ... [--below 0.8] [--most 3] [--tokens 32] [--batch 8]
+    python benchmarks/deployments.py RUN ... [--below 0.8] [--most 3] [--out results.md]
 
 RUN: the folder of a `mergeprobe demo`, or of a cohort in a bank's work folder. The pairs that are
-forecast to conflict most: the better of mean and sum below --below, by the run's own forecast, or
-the extrapolated early merge at 10 % of the cohort's training; at most --most of each, and where
-there is none the pair with the lowest forecast. For each: measured worst-case retention of
-every merge rule in --methods, of composed logits in every mode, and of routing by name; and in
-one run tokens per second, latency of one prompt and extra memory of each way to serve the pair.
+forecast to conflict most: the best of the rules that a plan offers (mean, sum, equal-norm mean)
+below --below for the worse of the two adapters, by the run's own forecast, or the extrapolated
+early merge at 10 % of the cohort's training; at most --most of each, and where there is none the
+pair with the lowest forecast. For each: measured worst-case retention of every merge rule in
+--methods, of composed logits in every mode, and of routing by name; and in one run tokens per
+second, latency of one prompt and extra memory of each way to serve the first pair.
 """
 
 import argparse
+import shlex
+import sys
 import time
-from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
 
-import polars as pl
 import torch
+from trained_run import opened
 
 from mergeprobe.adapters.attach import attached
 from mergeprobe.adapters.base import load_base
 from mergeprobe.adapters.checkpoint import read_adapter
 from mergeprobe.adapters.rows import attached_rows
-from mergeprobe.artefact import read_json
-from mergeprobe.bench.bank.folder import CohortFolder, read_spec
-from mergeprobe.bench.folder import RunFolder
+from mergeprobe.artefact import atomic_file
 from mergeprobe.compose import merge
 from mergeprobe.compose.logits import MODES, Composition, composed
-from mergeprobe.errors import DataError
 from mergeprobe.evaluate.retention import retention, set_retention
 from mergeprobe.evaluate.score import batch_of, score, score_composed
 
@@ -37,58 +34,6 @@ METHODS = (
     *("mean", "sum", "norm_preserving_mean", "equal_norm_mean", "ties"),
     *("dare_ties", "svc", "tsv_m", "iso_c"),
 )
-
-
-class Opened(NamedTuple):
-    """A folder's adapters and tasks. forecast: (a, b) -> retention of the worse adapter under the
-    better of mean and sum."""
-
-    base: str
-    names: tuple[str, ...]
-    adapters: Path
-    items: Callable
-    forecast: dict
-
-
-def opened(path):
-    if (path / "cohort.json").exists():
-        return opened_cohort(path)
-    run = RunFolder(path)
-    config = run.config()
-    rows = pl.read_parquet(run.forecasts).filter(pl.col("method").is_in(["mean", "sum"]))
-    table = {(r["adapter"], r["others"], r["method"]): r["retention"] for r in rows.to_dicts()}
-
-    def items(name):
-        return run.task(name, config).generate("test", config.test_items, config.seed)
-
-    return Opened(config.base, config.tasks, run.adapters, items, best_merge(table, config.tasks))
-
-
-def opened_cohort(path):
-    folder = CohortFolder(path.parent, read_spec(path / "cohort.json")[0])
-    table = {}
-    for a, b in combinations(folder.spec.names, 2):
-        for row in pair_rows(folder, a, b):
-            for method in ("mean", "sum"):
-                table[row["i"], row["j"], method] = min(1.2, max(-1.0, row[method]))
-    spec = folder.spec
-    return Opened(
-        spec.base, spec.names, folder.adapters, folder.test_items, best_merge(table, spec.names)
-    )
-
-
-def pair_rows(folder, a, b):
-    """The extrapolated early merge of both at 10 %, from what the cohort measured."""
-    for i, j in ((a, b), (b, a)):
-        row = read_json(folder.early(i, 0.1), DataError)["pairs"][j]
-        yield {"i": i, "j": j, **{m: row[f"extrapolated_{m}"] for m in ("mean", "sum")}}
-
-
-def best_merge(table, names):
-    return {
-        (a, b): max(min(table[a, b, m], table[b, a, m]) for m in ("mean", "sum"))
-        for a, b in combinations(names, 2)
-    }
 
 
 def conflicting(forecast, below, most):
@@ -102,7 +47,7 @@ class Pair:
     def __init__(self, base, run, names):
         self.base, self.names = base, names
         self.adapters = [read_adapter(run.adapters / name) for name in names]
-        self.batches = {name: batch_of(base, run.items(name)) for name in names}
+        self.batches = {name: batch_of(base, run.items(name, "test")) for name in names}
         self.zero = {name: score(base, None, batch).loss for name, batch in self.batches.items()}
         self.own = {
             name: score(base, adapter, self.batches[name]).loss
@@ -208,6 +153,15 @@ def speeds(pair, batch, tokens, repeats):
     }
 
 
+def pair_table(pair, methods):
+    """way -> (mean, worst, its standard error) of the pair's retention; the best merge."""
+    rows = {f"merge: {method}": pair.merged(method) for method in methods}
+    best = max(rows, key=lambda way: rows[way][1])
+    rows |= {f"logits: {mode}": pair.mixed(mode) for mode in MODES}
+    rows["routing by name"] = pair.kept(lambda name: pair.own[name])
+    return rows, best
+
+
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, nargs="+")
@@ -217,44 +171,97 @@ def main():
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="a Markdown file")
     asked = parser.parse_args()
-    base, timed = None, False
+    base, speed, found = None, None, []
     for path in asked.run:
         run = opened(path)
         base = base or load_base(run.base)
-        for names in conflicting(run.forecast, asked.below, asked.most):
+        forecast = run.forecast()
+        for names in conflicting(forecast, asked.below, asked.most):
             pair = Pair(base, run, names)
-            print(f"{path.name}: {' and '.join(names)}, forecast {run.forecast[names]:.2f} at best")
-            rows = {f"merge: {method}": pair.merged(method) for method in asked.methods}
-            best = max(rows, key=lambda way: rows[way][1])
-            rows |= {f"logits: {mode}": pair.mixed(mode) for mode in MODES}
-            rows["routing by name"] = pair.kept(lambda name, pair=pair: pair.own[name])
-            for way, (mean, worst, error) in rows.items():
-                more = worst - rows[best][1]
-                print(f"  {way:30} mean {mean:6.3f}  worst {worst:6.3f} ± {error:.3f}  {more:+.3f}")
-            print(f"  (last: against the best merge, {best.split(': ')[1]}; ± one SE over items)")
-            if not timed:
-                report(pair, speeds(pair, asked.batch, asked.tokens, asked.repeats), asked)
-                timed = True
+            rows, best = pair_table(pair, asked.methods)
+            found.append((run.label, names, forecast[names], rows, best))
+            print("\n".join(retention_lines(found[-1])), flush=True)
+            if speed is None:
+                speed = speed_lines(pair, asked)
+                print("\n".join(speed), flush=True)
+    if asked.out is not None:
+        with atomic_file(asked.out) as temporary:
+            temporary.write_text("\n".join(page(found, speed, asked)) + "\n", "utf-8")
 
 
-def report(pair, found, asked):
+def page(found, speed, asked):
+    command = shlex.join(["python", "benchmarks/deployments.py", *sys.argv[1:]])
+    lines = [
+        "# Merge, compose logits, or route",
+        "",
+        f"    {command}",
+        "",
+        "Pairs whose worse adapter is forecast to keep less than "
+        f"{asked.below} under every rule that a plan offers (where a run has none, its lowest); "
+        "retention measured on held-out items, one run (seed) an adapter, ± one standard error "
+        "over items. *Over the best merge*: worst-case retention less that of the merge rule "
+        "that is best for this pair, which is chosen on the same items.",
+        "",
+        "| pair | forecast | best merge | worst | best logits | worst | over the best merge "
+        "| routing by name, over the best merge |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run, names, forecast, rows, best in found:
+        logits = max((w for w in rows if w.startswith("logits")), key=lambda w: rows[w][1])
+        top, mixed, routed = (rows[way][1] for way in (best, logits, "routing by name"))
+        cells = [
+            f"{run}: {', '.join(names)}",
+            f"{forecast:.2f}",
+            best.removeprefix("merge: "),
+            f"{top:.3f} ± {rows[best][2]:.3f}",
+            logits.removeprefix("logits: "),
+            f"{mixed:.3f} ± {rows[logits][2]:.3f}",
+            f"{mixed - top:+.3f}",
+            f"{routed - top:+.3f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## What they cost", "", *speed, "", "## Every rule", ""]
+    for one in found:
+        lines += [*retention_lines(one), ""]
+    return lines[:-1]
+
+
+def retention_lines(one):
+    run, names, forecast, rows, best = one
+    lines = [
+        f"**{run}: {' and '.join(names)}**, forecast {forecast:.2f} at best",
+        "",
+        "| way | mean | worst | over the best merge |",
+        "|---|---|---|---|",
+    ]
+    for way, (mean, worst, error) in rows.items():
+        more = worst - rows[best][1]
+        lines.append(f"| {way} | {mean:.3f} | {worst:.3f} ± {error:.3f} | {more:+.3f} |")
+    return lines
+
+
+def speed_lines(pair, asked):
+    found = speeds(pair, asked.batch, asked.tokens, asked.repeats)
     one = sum(u.B.numel() + u.A.numel() for u in pair.adapters[0].modules.values()) * 4 / 2**20
-    memory = {
-        "merged adapter": one,
-        "logits composed": 2 * one,
-        "routed, one batch": 2 * one,
-        "routed, in turn": 2 * one,
-    }
+    memory = {"merged adapter": one}
     cache = {"logits composed": 3}
     fastest = found["merged adapter"]
-    print(f"  {asked.batch} prompts, {asked.tokens} tokens each, greedy, best of {asked.repeats}:")
+    lines = [
+        f"The pair {' and '.join(pair.names)}: {asked.batch} prompts in one batch, {asked.tokens} "
+        f"tokens each, greedy, the fastest of {asked.repeats} interleaved runs in one process; "
+        "memory by count, of adapters in float32 and of the key-value cache in prompts.",
+        "",
+        "| way | tokens/s | against merged | one prompt, s | against merged | adapters, MiB "
+        "| key-value cache |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for way, (speed, latency) in found.items():
-        print(
-            f"  {way:20} {speed:7.1f} tokens/s ({speed / fastest[0]:.2f}×)  one prompt "
-            f"{latency:.2f} s ({latency / fastest[1]:.2f}×)  adapters {memory[way]:.1f} MiB, "
-            f"{cache.get(way, 1)}× key-value cache"
-        )
+        cells = [way, f"{speed:.1f}", f"{speed / fastest[0]:.2f} ×", f"{latency:.2f}"]
+        cells += [f"{latency / fastest[1]:.2f} ×", f"{memory.get(way, 2 * one):.1f}"]
+        lines.append(f"| {' | '.join([*cells, f'{cache.get(way, 1)} ×'])} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -3,19 +3,23 @@
     python benchmarks/router.py [--run RUN] [--examples 32] [--held-out 24]
 
 Known: 16 tasks of the bank whose prompts differ; unknown: 8 others; the same prompts: the bank's
-planted conflicts. With --run, a folder of `mergeprobe demo`, also what routing by prompt costs in
-retention against routing by name, with that run's adapters. On SmolLM2-135M unless --base.
+planted conflicts. With --run, a folder of `mergeprobe demo` or of a cohort in a bank's work folder,
+also what routing by prompt costs in retention against routing by name, with that run's adapters,
+and what Arrow keeps, which routes by token without prompts. On SmolLM2-135M unless --base.
 """
 
 import argparse
 from itertools import combinations
 from pathlib import Path
 
+from trained_run import opened
+
 from mergeprobe.adapters.base import load_base
 from mergeprobe.adapters.checkpoint import read_adapter
-from mergeprobe.bench.folder import RunFolder
 from mergeprobe.bench.tasks import BANK_TASKS
 from mergeprobe.bench.tasks.bank import RELATIONS
+from mergeprobe.capture.batch import item_scores
+from mergeprobe.compose.arrow import arrowed
 from mergeprobe.compose.router_file import make_router, route
 from mergeprobe.evaluate.retention import retention, set_retention
 from mergeprobe.evaluate.score import batch_of, score, score_each
@@ -76,39 +80,36 @@ def same_prompts(base, examples, held_out):
         print(f"    {one} and {two} (AUC {auc:.3f}): their prompts do differ somewhere")
 
 
-def regret(base, path):
-    run = RunFolder(path)
-    config = run.config()
-    tasks = {name: run.task(name, config) for name in config.tasks}
-    adapters = {name: read_adapter(run.adapters / name) for name in tasks}
-    known = {
-        name: [item.prompt for item in task.generate("calibration", 32, config.seed)]
-        for name, task in tasks.items()
-    }
-    router = make_router(base, known)
-    promised = [name for name in tasks if not router.rivals(name)]
-    by_prompt, wrong, total = {}, 0, 0
-    for name in promised:
-        items = tasks[name].generate("test", config.test_items, config.seed)
+def regret(base, run):
+    adapters = {name: read_adapter(run.adapters / name) for name in run.names}
+    router = make_router(
+        base, {name: [item.prompt for item in run.items(name, "calibration")] for name in run.names}
+    )
+    print(f"run {run.label}: {', '.join(run.names)}")
+    kept = {"by prompt": {}, "Arrow": {}}
+    wrong = total = 0
+    for name in run.names:
+        items = run.items(name, "test")
         batch = batch_of(base, items)
-        chosen = [choice.name for choice in route(router, base, [item.prompt for item in items])]
-        losses = score_each(base, adapters, chosen, batch).loss
         without, alone = (score(base, one, batch).loss for one in (None, adapters[name]))
-        by_prompt[name] = retention(without, alone, losses)
-        wrong += sum(one != name for one in chosen)
-        total += len(chosen)
-    print(f"run '{path.name}': {', '.join(tasks)} ({config.control}), one seed")
-    for name in tasks:
+        with arrowed(base.model, [*adapters.values()]) as model:
+            kept["Arrow"][name] = retention(without, alone, item_scores(model, batch).loss)
         if rivals := router.rivals(name):
             print(f"  '{name}' is not promised: its prompts look like those of {', '.join(rivals)}")
-    if not promised:
-        return
-    found = set_retention(by_prompt)
+            continue
+        chosen = [choice.name for choice in route(router, base, [item.prompt for item in items])]
+        losses = score_each(base, adapters, chosen, batch).loss
+        kept["by prompt"][name] = retention(without, alone, losses)
+        wrong += sum(one != name for one in chosen)
+        total += len(chosen)
     print(f"  of the others, prompts sent elsewhere than to their adapter: {wrong}/{total}")
-    print(
-        f"  retention by prompt: mean {found.mean:.3f}, worst {found.worst:.3f} "
-        f"('{found.worst_adapter}'); regret against routing by name {1 - found.mean:.1%}"
-    )
+    for way, parts in kept.items():
+        if parts:
+            found = set_retention(parts)
+            print(
+                f"  retention {way}: mean {found.mean:.3f}, worst {found.worst:.3f} "
+                f"('{found.worst_adapter}'); regret against routing by name {1 - found.mean:.1%}"
+            )
 
 
 def main():
@@ -122,7 +123,7 @@ def main():
     routed(base, asked.examples, asked.held_out)
     same_prompts(base, asked.examples, asked.held_out)
     for path in asked.run:
-        regret(base, path)
+        regret(base, opened(path))
 
 
 if __name__ == "__main__":

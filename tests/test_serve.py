@@ -384,6 +384,16 @@ def test_a_full_queue_is_429_with_a_time(other, folder, monkeypatch):
         with server.client() as client, pytest.raises(openai.RateLimitError) as refused:
             client.completions.create(**ASK)
         assert int(refused.value.response.headers["retry-after"]) >= 1
+        # said before anyone reads what is asked, on a connection that stays
+        with server.http() as client:
+            told = [client.post("/v1/completions", content=b"{") for _ in range(2)]
+            assert client.get("/v1/models").status_code == 200
+        assert [answer.status_code for answer in told] == [429, 429]
+        assert told[0].json()["error"]["code"] == "queue_full"
+        assert all("connection" not in answer.headers for answer in told)
+        with server.http(token="wrong") as client:
+            assert client.post("/v1/completions", content=b"{").status_code == 401
+        assert server.value("requests_total", model="", how="refused") >= 3
     finally:
         go.set()
         for thread in threads:

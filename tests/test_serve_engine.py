@@ -331,6 +331,46 @@ def test_a_full_queue_says_so(base, deployment):
         assert [w.wait().reason for w in waiting] == ["length", "length"]
 
 
+def test_a_queue_that_is_too_slow_is_full(base, deployment, monkeypatch):
+    engine = engine_of(base, deployment, limits={"rows": 1, "timeout": 100.0})
+    monkeypatch.setattr(engine._pace, "wait", lambda ahead: 30.0 * ahead)
+    with running(engine):
+        first = Answer(engine, asked(engine, "a", max_tokens=390))
+        first.next()
+        waiting = [Answer(engine, asked(engine, "a", max_tokens=2)) for _ in range(2)]
+        assert engine.refusal().status == 429  # 60 of 100 seconds for the next one
+        refused = Answer(engine, asked(engine, "a", max_tokens=2)).wait()
+        assert (refused.status, refused.retry_after) == (429, 60)
+        assert "2 requests wait already, for 60 seconds" in refused.message
+        first.job.cancel()
+        assert [w.wait().reason for w in waiting] == ["length", "length"]
+        assert engine.refusal() is None
+
+
+def test_in_a_flood_the_model_leaves_a_core(base, deployment, monkeypatch):
+    engine = engine_of(base, deployment, limits={"rows": 1, "queue": 1})
+    engine._threads = 2
+    before = torch.get_num_threads()
+    seen, step = [], engine.batch.step
+    monkeypatch.setattr(
+        engine.batch, "step", lambda: (seen.append(torch.get_num_threads()), step())[1]
+    )
+    try:
+        with running(engine):
+            first = Answer(engine, asked(engine, "a", max_tokens=390))
+            first.next()
+            second = Answer(engine, asked(engine, "a", max_tokens=2))
+            assert set(seen) <= {2}
+            assert engine.refusal() is not None
+            first.wait()
+            assert (seen[-1], second.wait().reason) == (1, "length")
+            engine._refused -= 1000
+            Answer(engine, asked(engine, "a", max_tokens=5)).wait()
+            assert seen[-1] == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_request_has_its_time(base, deployment):
     engine = engine_of(base, deployment, limits={"rows": 1})
     with running(engine):

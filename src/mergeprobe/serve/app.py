@@ -82,7 +82,7 @@ def make_app(engine: Engine, *, token: str | None = None) -> FastAPI:
         redoc_url=None,
         responses=PLAIN,
     )
-    app.add_middleware(Gate, token=token, body=engine.limits.body)
+    app.add_middleware(Gate, token=token, body=engine.limits.body, full=engine.refusal)
     _decoding(app, engine)
     _models(app, engine)
     _adapters(app, engine)

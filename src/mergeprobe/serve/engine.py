@@ -20,11 +20,14 @@ from mergeprobe.serve.catalogue import Catalogue, Source, Target
 from mergeprobe.serve.deciding import decide
 from mergeprobe.serve.job import Asked, Failure, Job, Tell
 from mergeprobe.serve.metrics import Metrics
+from mergeprobe.serve.pace import Pace
 from mergeprobe.serve.resident import Resident
 from mergeprobe.serve.sampling import next_tokens
 
 PREFILL = 2048  # tokens of prompts, padding included, that join in one pass; a longer one alone
 PATIENCE = 64  # tokens for which a request may be overtaken while its adapters have no room
+WAIT = 0.5  # of the timeout: a request that would wait longer is refused at once
+FLOOD = 5.0  # seconds after a refusal in which the model leaves a core to those who ask
 
 CLOSED = Failure(503, "the server is shutting down")
 
@@ -70,6 +73,9 @@ class Engine:
         self._inbox: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open = 0  # submitted, and neither running nor ended
+        self._pace = Pace()
+        self._refused = -FLOOD  # when a request was refused last
+        self._threads = torch.get_num_threads()
         self._drain_until: float | None = None
         self._over = False
         self._pin(pinned)
@@ -87,17 +93,36 @@ class Engine:
         """Puts a request in the queue. `tell` hears of it, also that the queue is full."""
         job = Job(asked, tell, asked.target)
         with self._lock:
-            full, closed = self._open >= self.limits.queue, self._over
-            self._open += not (full or closed)
-            if not (full or closed):
+            refusal = CLOSED if self._over else self._full()
+            if refusal is None:
+                self._open += 1
                 self._inbox.put(job)
-        if closed:
-            tell(CLOSED)
-        elif full:
-            self.metrics.ended(job, "refused")
-            seconds = max(1, min(60, round(self.metrics.mean_seconds())))
-            tell(Failure(429, f"{self.limits.queue} requests wait already; try again", seconds))
+        if refusal is not None:
+            if refusal is not CLOSED:
+                self.metrics.ended(job, "refused")
+            tell(refusal)
         return job
+
+    def refusal(self) -> Failure | None:
+        """Why no request would be taken now, whatever it says; None where one may be."""
+        with self._lock:
+            found = self._full()
+        if found is not None:
+            self.metrics.unread()
+        return found
+
+    def _full(self) -> Failure | None:
+        """429 where too many wait, or for too long. A queue that nobody gets to the end of in time
+        would keep all busy and answer none."""
+        wait = self._pace.wait(self._open)
+        if self._open >= self.limits.queue:
+            text = f"{self.limits.queue} requests wait already; try again"
+        elif wait > WAIT * self.limits.timeout:
+            text = f"{self._open} requests wait already, for {wait:.0f} seconds; try again"
+        else:
+            return None
+        self._refused = time.monotonic()
+        return Failure(429, text, max(1, min(60, round(wait or self.metrics.mean_seconds()))))
 
     def drain(self, grace: float) -> None:
         """Takes no more; what waits fails now, what runs may end within `grace` seconds. Safe in
@@ -160,6 +185,7 @@ class Engine:
                 try:
                     self._admit()
                     if self.batch.rows:
+                        self._spread()
                         self._step()
                 except Exception:  # the model failed: all that ran is lost, the server is not
                     log.exception("a forward pass failed")
@@ -167,6 +193,16 @@ class Engine:
                 self.metrics.state(self)
             self._take()
             self._expire()
+        torch.set_num_threads(self._threads)
+
+    def _spread(self) -> None:
+        """As many threads as the process was given; one fewer in a flood of requests. On a core
+        that is also wanted elsewhere a thread of a product keeps all the others waiting for it:
+        on two cores a flood made tokens several times slower than one thread less does."""
+        flood = time.monotonic() - self._refused < FLOOD
+        wanted = max(1, self._threads - flood)
+        if wanted != torch.get_num_threads():
+            torch.set_num_threads(wanted)
 
     def _take(self) -> None:
         """What came in; waits for it where there is nothing else to do."""
@@ -252,6 +288,7 @@ class Engine:
             sequences.append(sequence)
         with self._lock:
             self._open -= len(coming)
+            self._pace.left(len(coming), self._open)
         logits = self.batch.join(sequences)
         self._continue(coming, logits)
 

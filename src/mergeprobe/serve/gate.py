@@ -9,22 +9,34 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from mergeprobe.serve.job import Failure
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 OPEN = ("/health",)  # answers without a token
+QUEUED = ("/v1/completions", "/v1/chat/completions")  # what waits for the model
 ARRIVAL = 30.0  # seconds that a body may take to arrive
 
 
 class Gate:
     """ASGI middleware. token: asked of every request but /health; None only on loopback, where
     then the Host header must be a loopback name (a web page could rebind its own to it).
-    body: the most bytes; they are read before the application sees the request."""
+    body: the most bytes; they are read before the application sees the request. full: why what
+    waits for the model is refused now, before it is parsed: under a flood of requests parsing them
+    would take the processor from those that run."""
 
-    def __init__(self, app: Application, *, token: str | None, body: int) -> None:
-        self.app, self.token, self.body = app, token, body
+    def __init__(
+        self,
+        app: Application,
+        *,
+        token: str | None,
+        body: int,
+        full: Callable[[], Failure | None] = lambda: None,
+    ) -> None:
+        self.app, self.token, self.body, self.full = app, token, body, full
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,6 +53,10 @@ class Gate:
             return
         if content is None:
             await refuse(send, 413, f"the body is larger than {self.body} bytes")
+            return
+        if scope["path"] in QUEUED and (failure := self.full()) is not None:
+            again = failure.retry_after
+            await refuse(send, failure.status, failure.message, retry_after=again, close=False)
             return
         given = False
 
@@ -83,9 +99,15 @@ class Gate:
                 return b"".join(parts)
 
 
-async def refuse(send: Send, status: int, message: str) -> None:
+async def refuse(
+    send: Send, status: int, message: str, *, retry_after: int | None = None, close: bool = True
+) -> None:
     content = json.dumps(error_body(status, message)).encode()
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    headers = [(b"content-type", b"application/json")]
+    if close:  # the body may not have been read
+        headers.append((b"connection", b"close"))
+    if retry_after is not None:
+        headers.append((b"retry-after", str(retry_after).encode()))
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     headers.append((b"content-length", str(len(content)).encode()))

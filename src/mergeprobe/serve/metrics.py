@@ -49,6 +49,10 @@ class Metrics:
             self.seconds.observe(taken)
             self._mean += 0.1 * (taken - self._mean)
 
+    def unread(self) -> None:
+        """A request that was refused before anyone looked at which model it wants."""
+        self.requests.labels("", "refused").inc()
+
     def mean_seconds(self) -> float:
         """Of a request, the last ones counting most."""
         return self._mean

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,6 +22,11 @@ from mergeprobe.serve.app import make_app
 from mergeprobe.serve.catalogue import catalogue_of
 from mergeprobe.serve.engine import LIMITS, Engine, Limits
 from mergeprobe.serve.gate import is_loopback
+
+SWITCH = 5e-4
+"""Seconds after which a Python thread that wants to run gets to. The engine's thread gives way at
+every tensor operation, thousands a token; at Python's 5 ms each could cost it that much whenever
+the other thread answers requests."""
 
 
 def bound(host: str, port: int, token: str | None) -> socket.socket:
@@ -86,6 +92,7 @@ def serve(
 ) -> None:
     """Serves until SIGTERM or SIGINT: then nothing new is taken, what waits is told so, and what
     runs has `grace` seconds to end. ready: called with the address once requests are taken."""
+    sys.setswitchinterval(SWITCH)
     app = make_app(engine, token=token)
     config = uvicorn.Config(
         app,
