@@ -75,7 +75,7 @@ def check_mixture(weights: Tensor, mode: str) -> None:
     """MergeError unless the weights are those of a mixture: none below 0, sum 1 over experts."""
     total = weights.double().sum(0)
     if bool((weights < 0).any()) or bool(((total - 1).abs() > 1e-4).any()):
-        shown = weights.flatten()[:4].tolist()
+        shown = [round(w, 4) for w in weights.flatten()[:4].tolist()]
         raise MergeError(
             f"mode '{mode}' needs weights of at least 0 that sum to 1; got {shown}"
             f"{'…' if weights.numel() > 4 else ''}"
