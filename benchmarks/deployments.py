@@ -192,7 +192,8 @@ def main():
 
 
 def page(found, speed, asked):
-    command = shlex.join(["python", "benchmarks/deployments.py", *sys.argv[1:]])
+    given = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
+    command = shlex.join(["python", "benchmarks/deployments.py", *given])
     lines = [
         "# Merge, compose logits, or route",
         "",

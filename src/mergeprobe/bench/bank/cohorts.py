@@ -18,7 +18,7 @@ RANKS = (4, 8, 16)
 TRUNCATED_RANKS = (1, 2, 4, 8)
 SET_POINTS = (0.05, 0.1)  # where plans are made; pairs are measured at every point
 SECOND_BASE = "gemma3-270m-q4"  # of another family of models, for transfer
-# what t1 and t2 were measured under, before equal_norm_mean and iso_c were known to matter
+# what t1 and t2 were measured under, before equal_norm_mean was known to matter
 FIRST_METHODS = ("mean", "sum", "norm_preserving_mean", "ties", "svc")
 
 

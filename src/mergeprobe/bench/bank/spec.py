@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 COHORT_SCHEMA = 1
-METHODS = ("mean", "sum", "norm_preserving_mean", "equal_norm_mean", "ties", "svc", "iso_c")
+METHODS = ("mean", "sum", "norm_preserving_mean", "equal_norm_mean", "ties", "svc")
 POINTS = (0.05, 0.1, 0.25, 1.0)
 SET_SIZES = ((2, None), (3, 8), (5, 2))
 BASE = "smollm2-135m-instruct-q4"
