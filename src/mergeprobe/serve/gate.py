@@ -54,7 +54,8 @@ class Gate:
         if content is None:
             await refuse(send, 413, f"the body is larger than {self.body} bytes")
             return
-        if scope["path"] in QUEUED and (failure := self.full()) is not None:
+        waits = scope["method"] == "POST" and scope["path"] in QUEUED
+        if waits and (failure := self.full()) is not None:
             again = failure.retry_after
             await refuse(send, failure.status, failure.message, retry_after=again, close=False)
             return
