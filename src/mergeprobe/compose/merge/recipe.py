@@ -106,6 +106,6 @@ def check_options(method: str, options: Mapping[str, Any]) -> Method:
             raise MergeError(f"option '{option}' of '{method}' is {value!r}; expected a word")
         if not words and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise MergeError(f"option '{option}' of '{method}' is {value!r}; expected a number")
-        if not words and not math.isfinite(value):
+        if isinstance(value, int | float) and not math.isfinite(value):
             raise MergeError(f"option '{option}' of '{method}' is {value}; expected it finite")
     return row
