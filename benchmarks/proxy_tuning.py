@@ -1,6 +1,6 @@
 """Proxy-tuning: a small tuned pair steers a larger model of the same vocabulary (arXiv:2401.08565).
 
-    python benchmarks/proxy_tuning.py [--steps 1500] [--tune 400] [--seeds 0 1 2]
+    python benchmarks/proxy_tuning.py [--steps 1500] [--tune 400] [--seeds 0 1 2] [--jobs 2]
 
 Two Llamas over characters, 0.2 and 2.0 million weights, are pre-trained here on twelve of the
 bank's tasks. Then for each of four tasks that they have not seen the small one is tuned; the large
@@ -10,9 +10,12 @@ one is steered by the pair, and tuned directly for comparison. Gap closed: (stee
 
 import argparse
 import math
+import multiprocessing
 import statistics
 import string
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -83,7 +86,7 @@ def train(model, rows, steps, rate, seed, words, batch=32):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step and step % 500 == 0:
+        if step and step % 200 == 0:
             print(f"    step {step} of {steps}, {time.perf_counter() - start:.0f} s", flush=True)
     return model.eval()
 
@@ -107,12 +110,17 @@ def copied(model):
     return again
 
 
-def one_seed(seed, asked, words):
+def one_seed(seed, asked):
+    torch.set_num_threads(1)
+    words = tokenizer()
     rows = [pair for name in PRETRAINED.split() for pair in pairs(name, "train", 2000, seed)]
     bases = {}
     for size in SIZES:
         model = fresh(size, len(words), seed)
-        print(f"  seed {seed}: pre-training the {size} model, {model.num_parameters():,} weights")
+        print(
+            f"  seed {seed}: pre-training the {size} model, {model.num_parameters():,} weights",
+            flush=True,
+        )
         bases[size] = train(
             model, rows, asked.steps, 3e-3 if size == "small" else 1.5e-3, seed, words
         )
@@ -155,9 +163,11 @@ def main():
     parser.add_argument("--tune", type=int, default=400)
     parser.add_argument("--alpha", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at once, a core each")
     asked = parser.parse_args()
-    words = tokenizer()
-    runs = [one_seed(seed, asked, words) for seed in asked.seeds]
+    # one thread each, so a run is the same whatever runs beside it
+    with ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("spawn")) as pool:
+        runs = list(pool.map(partial(one_seed, asked=asked), asked.seeds))
     print(
         f"\nseeds {asked.seeds}; mean ± SE over seeds; alpha {asked.alpha}; 128 test items a task"
     )
