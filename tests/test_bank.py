@@ -144,7 +144,7 @@ def test_jobs_come_after_what_they_need(tmp_path):
         assert all(place[need] < place[job] for need in needs(job, folder))
         assert job_from(json.loads(json.dumps(job.message()))) == job
         assert not done(job, folder)
-    # 4 points with 6 lengths, 1 file tier, 6 adapters and 15 pairs; 25 sets by 7 methods, 1 joint;
+    # 4 points with 6 lengths, 1 file tier, 6 adapters and 15 pairs; 25 sets by 6 methods, 1 joint;
     # six cut to rank 2, the two of rank 16 to 8
     kinds = Counter(job.kind for job in jobs)
     assert kinds == {
@@ -156,7 +156,7 @@ def test_jobs_come_after_what_they_need(tmp_path):
         "early": 24,
         "pair": 60,
         "cut": 24,
-        "merge": 176,
+        "merge": 151,
         "truncated": 8,
     }
 
