@@ -69,7 +69,9 @@ def drift_cka(panel: Panel, region: str) -> Float[Tensor, "a b"]:
 
 def _flat_cosine(panel: Panel, vectors: Float[Tensor, "n size"]) -> Float[Tensor, "a b"]:
     rows, columns = vectors[list(panel.rows)], vectors[list(panel.columns)]
-    return cosine(rows @ columns.mT, rows.square().sum(-1), columns.square().sum(-1))
+    # both ways: some matrix products round ⟨a, b⟩ and ⟨b, a⟩ apart
+    dot = (rows @ columns.mT + (columns @ rows.mT).mT) / 2
+    return cosine(dot, rows.square().sum(-1), columns.square().sum(-1))
 
 
 def _stacked(parts: list[Tensor | None]) -> Float[Tensor, "n ..."] | None:
