@@ -347,6 +347,22 @@ def test_a_queue_that_is_too_slow_is_full(base, deployment, monkeypatch):
         assert engine.refusal() is None
 
 
+def test_a_queue_that_all_have_left_has_no_pace(base, deployment):
+    engine = engine_of(base, deployment, limits={"rows": 1})
+    with running(engine):
+        first = Answer(engine, asked(engine, "a", max_tokens=390))
+        first.next()
+        waiting = Answer(engine, asked(engine, "a", max_tokens=2))
+        engine._pace._left.extend([0.0] * 64)  # long ago
+        assert engine._pace.wait(1) > 0
+        waiting.job.cancel()
+        deadline = time.monotonic() + 60
+        while engine._open and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (engine._open, engine._pace.wait(1)) == (0, 0.0)
+        first.job.cancel()
+
+
 def test_in_a_flood_the_model_leaves_a_core(base, deployment, monkeypatch):
     engine = engine_of(base, deployment, limits={"rows": 1, "queue": 1})
     engine._threads = 2

@@ -319,6 +319,7 @@ class Engine:
             self.waiting.remove(job)
             with self._lock:
                 self._open -= 1
+                self._pace.left(0, self._open)
         else:
             del self.jobs[job.sequence]
             if job.sequence in self.batch.running:
