@@ -142,7 +142,7 @@ class CohortFolder:
         found = [
             Measurement(method, group, self.spec.rank_of(group))
             for group in self.spec.sets()
-            for method in self.spec.methods
+            for method in self.spec.methods_of(group)
         ]
         return found + ([Measurement(JOINT, self.spec.names)] if self.spec.joint else [])
 

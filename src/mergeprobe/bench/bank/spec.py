@@ -53,7 +53,8 @@ class CohortSpec(BaseModel):
     at which the model tier measures sets of three or more, too; None for all.
 
     set_sizes: (size, how many sets of it; None for all). seed: which sets are drawn; cohorts of
-    equal seed and size have the same ones by position. methods: merges to measure. merge_rank:
+    equal seed and size have the same ones by position. methods: merges to measure. whole_methods:
+    more of them, for the set of all adapters alone, where it is among the sets. merge_rank:
     "largest" truncates a merge to the largest rank among its members, as a plan's deployment does;
     "exact" keeps what the rule gives. truncated_ranks: each adapter alone is measured cut to those
     of these that are below its own rank, as method "truncated". joint: one more adapter, trained on
@@ -74,6 +75,7 @@ class CohortSpec(BaseModel):
     set_sizes: tuple[tuple[int, int | None], ...] = SET_SIZES
     seed: int = 0
     methods: tuple[str, ...] = METHODS
+    whole_methods: tuple[str, ...] = ()
     merge_rank: Literal["largest", "exact"] = "largest"
     truncated_ranks: tuple[int, ...] = ()
     joint: bool = False
@@ -117,6 +119,11 @@ class CohortSpec(BaseModel):
 
     def larger_sets(self) -> list[tuple[str, ...]]:
         return [group for group in self.sets() if len(group) > 2]
+
+    def methods_of(self, group: tuple[str, ...]) -> tuple[str, ...]:
+        """The merges to measure of a set."""
+        whole = len(group) == len(self.adapters)
+        return (*self.methods, *(self.whole_methods if whole else ()))
 
     def sets_at(self, point: float) -> bool:
         """Whether the model tier measures larger sets at this point."""
