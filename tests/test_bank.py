@@ -34,7 +34,15 @@ def base_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(base_folder, tmp_path_factory):
     work = tmp_path_factory.mktemp("bank")
-    spec = tiny(base_folder, joint=True, truncated_ranks=(1, 3), set_points=(1.0,))
+    spec = tiny(
+        base_folder,
+        joint=True,
+        truncated_ranks=(1, 3),
+        set_points=(1.0,),
+        points=(0.25, 0.5, 1.0),
+        model_points=(0.25, 1.0),
+        whole_methods=("norm_preserving_mean",),
+    )
     (rows,) = run_cohorts([spec], work / "work", work / "rows", workers=0)
     return CohortFolder(work / "work", spec), rows
 
@@ -47,15 +55,19 @@ def six(**changes):
     return cohort("six", tasks, seed=3, **changes)
 
 
+def sets_of_two(spec):
+    return [group for group in spec.sets() if len(group) == 2]
+
+
 def test_sets_of_a_cohort():
     spec = six()
     sets = spec.sets()
-    assert Counter(map(len, sets)) == {2: 15, 3: 8, 5: 2}
+    assert Counter(map(len, sets)) == {2: 15, 3: 4, 5: 1}
     assert len(set(sets)) == len(sets)
     assert all(list(group) == sorted(group) for group in sets)
-    # 8 triples are 24 places for 6 adapters: four each
+    # 4 triples are 12 places for 6 adapters: two each
     places = Counter(name for group in sets if len(group) == 3 for name in group)
-    assert set(places.values()) == {4}
+    assert set(places.values()) == {2}
     assert six().sets() == sets
     every = spec.model_copy(update={"set_sizes": ((2, None), (6, None))})
     assert Counter(map(len, every.sets())) == {2: 15, 6: 1}
@@ -73,13 +85,14 @@ def test_configuration_varies_inside_a_cohort_and_between_two():
     turns = [a for turn in range(3) for a in six(turn=turn).adapters]
     assert len({(a.learning_rate, a.steps, a.rank) for a in turns}) == 18
     repeated = again(six(), "six again", 9)
-    assert repeated.sets() == six().sets()
+    assert repeated.sets() == sets_of_two(six())
+    assert repeated.points == ()  # nothing is forecast of it
     assert not {a.seed for a in repeated.adapters} & {a.seed for a in one}
     assert [a.rank for a in repeated.adapters] == [a.rank for a in one]
 
 
 def test_a_spec_survives_json(tmp_path):
-    spec = six(joint=True, points=(0.1, 1.0), set_points=(0.1,))
+    spec = six(joint=True, points=(0.1, 1.0), model_points=(0.1,), set_points=(0.1,))
     write_spec(tmp_path / "cohort.json", spec, "somebody 1.0")
     assert read_spec(tmp_path / "cohort.json") == (spec, "somebody 1.0")
     assert CohortSpec.model_validate_json(spec.model_dump_json()) == spec
@@ -144,19 +157,19 @@ def test_jobs_come_after_what_they_need(tmp_path):
         assert all(place[need] < place[job] for need in needs(job, folder))
         assert job_from(json.loads(json.dumps(job.message()))) == job
         assert not done(job, folder)
-    # 4 points with 6 lengths, 1 file tier, 6 adapters and 15 pairs; 25 sets by 6 methods, 1 joint;
-    # six cut to rank 2, the two of rank 16 to 8
+    # 3 points with the file tier, 2 of them with 6 lengths, 6 adapters and 15 pairs; 20 sets by 4
+    # methods, 1 joint; six cut to rank 2, the two of rank 16 to 8
     kinds = Counter(job.kind for job in jobs)
     assert kinds == {
         "train": 6,
         "joint": 1,
         "single": 6,
-        "length": 24,
-        "files": 4,
-        "early": 24,
-        "pair": 60,
-        "cut": 24,
-        "merge": 151,
+        "length": 12,
+        "files": 3,
+        "early": 12,
+        "pair": 30,
+        "cut": 12,
+        "merge": 81,
         "truncated": 8,
     }
 
@@ -167,17 +180,24 @@ def test_jobs_come_after_what_they_need(tmp_path):
 def test_rows_are_complete_and_unique(finished):
     _, rows = finished
     tables = read(rows)
-    # 2 points; 6 ordered pairs; one triple of 3; 3 methods and the joint adapter; ranks 2, 3 and 4
-    # cut to 1, the last one to 3 as well
+    # 3 points, the model tier at 2; 6 ordered pairs; one triple of 3; 3 methods, one more for the
+    # whole set, and the joint adapter; ranks 2, 3 and 4 cut to 1, the last one to 3 as well
     assert {name: len(table) for name, table in tables.items()} == {
         "adapters": 3,
-        "pairs": 2 * 6,
-        "sets": 2 * 3,
+        "pairs": 3 * 6,
+        "sets": 3 * 3,
         "truncations": 2 * 4,
-        "outcomes": 3 * (3 * 2 + 3) + 3 + 4,
+        "outcomes": 3 * (3 * 2 + 3) + 3 + 3 + 4,
     }
+    whole = tables["outcomes"].filter(method="norm_preserving_mean")
+    assert set(whole["set"]) == {"+".join(SORTED)}
+    halfway = tables["pairs"].filter(point=0.5)  # of the file tier alone
+    assert halfway["disturbance_late"].null_count() == 6
+    assert halfway["frobenius_cosine"].null_count() == halfway["interference"].null_count() == 0
     for name, table in tables.items():
         assert table.select(KEYS[name]).is_duplicated().sum() == 0
+        if name == "pairs":
+            table = table.filter(pl.col("point") != 0.5)
         if name == "sets":
             early = [c for c in table.columns if c.startswith("early_retention")]
             assert table.filter(point=0.25).select(early).null_count().row(0) == (3,) * len(early)
@@ -213,7 +233,8 @@ def test_what_a_snapshot_keeps_at_smaller_ranks(finished, base_folder):
 
 def test_probes_are_taken_at_their_points(finished):
     folder, rows = finished
-    steps = {row["i"]: row["step"] for row in read(rows)["pairs"].to_dicts() if row["point"] < 1}
+    pairs = read(rows)["pairs"].to_dicts()
+    steps = {row["i"]: row["step"] for row in pairs if row["point"] == 0.25}
     assert steps == {"math": 6, "instruction": 3, "safety": 4}  # 3.5 is rounded to even
     for name in THREE:
         last = read_probe(folder.probe(name, 1.0))
@@ -277,22 +298,28 @@ def test_adapters_alone_at_smaller_ranks(finished):
 def test_held_out_cohorts_have_all_that_decisions_need():
     held = {name: spec for name, spec in COHORTS.items() if name.startswith("h")}
     assert list(held) == ["h1", "h2", "h3", "h2-again"]
-    for spec in held.values():
-        assert Counter(map(len, spec.sets())) == {2: 15, 3: 20, 5: 2, 6: 1}
-        assert spec.joint
     for name, spec in COHORTS.items():
+        if name.endswith("-again"):
+            assert Counter(map(len, spec.sets())) == {2: 15}
+            continue
         # ranks 4, 8, 16, twice each: cut to 1, 2; to 1, 2, 4; to 1, 2, 4, 8
         assert Counter(rank for _, rank in spec.truncations()) == {1: 6, 2: 6, 4: 4, 8: 2}
-        if name not in held:
-            assert Counter(map(len, spec.sets())) == {2: 15, 3: 8, 5: 2}
-    with pytest.raises(ValueError, match=r"set_points must be among the points: got \[0.3\]"):
+        if name in held:
+            assert Counter(map(len, spec.sets())) == {2: 15, 3: 10, 5: 1, 6: 1}
+            assert "ties" in spec.methods_of(spec.names)
+        assert 0.05 in spec.measured_points
+        assert 1.0 in spec.points
+    assert COHORTS["h1"].joint
+    with pytest.raises(ValueError, match=r"set_points must be among \[0.05, 0.1\]: got \[0.3\]"):
         six(set_points=(0.1, 0.3))
+    with pytest.raises(ValueError, match=r"model_points must be among .*: got \[0.3\]"):
+        six(model_points=(0.3,), set_points=())
     with pytest.raises(ValueError, match="truncated_ranks must rise"):
         six(truncated_ranks=(4, 2))
 
 
 def test_a_folder_from_before_a_field_was_added_goes_on(tmp_path):
-    spec = six(set_points=None)
+    spec = six(set_points=None, model_points=None)
     folder = CohortFolder(tmp_path, spec)
     write_spec(folder.spec_file, spec, "somebody 1.0")
     value = json.loads(folder.spec_file.read_text())
@@ -301,7 +328,8 @@ def test_a_folder_from_before_a_field_was_added_goes_on(tmp_path):
     folder.probes.mkdir()  # its work has begun
     folder.claim()
     assert json.loads(folder.spec_file.read_text()) == value
-    changed = CohortFolder(tmp_path, six(set_points=None, truncated_ranks=(1, 2)))
+    others = {"set_points": None, "model_points": None}
+    changed = CohortFolder(tmp_path, six(**others, truncated_ranks=(1, 2)))
     with pytest.raises(OutputExists, match="with other truncated_ranks"):
         changed.claim()
     folder.probes.rmdir()  # as a queue leaves the cohorts that it has not come to

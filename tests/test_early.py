@@ -211,7 +211,7 @@ def test_the_budget_is_kept(base, probes):
     with pytest.raises(NotForecastable, match="budget of 3 forward passes"):
         open_tier(base, probes, budget=3)
     tier = open_tier(base, probes, budget=40)
-    plan = forecast_probes(probes, model=tier).plan(min_retention=0.9)
+    plan = forecast_probes(probes, model=tier, predictor="none").plan(min_retention=0.9)
     assert tier.spent <= 40
     assert len(plan.groups) >= 1
 
@@ -226,7 +226,7 @@ def test_another_base_or_no_items_is_refused_by_name(base, probes):
 
 
 def test_plan_from_the_model_tier(base, probes, tier):
-    forecaster = forecast_probes(probes, model=tier)
+    forecaster = forecast_probes(probes, model=tier, predictor="none")
     plan = forecaster.plan(min_retention=0.5)
     assert plan.tier == "model"
     assert not plan.calibrated
@@ -245,7 +245,7 @@ def test_plan_from_the_model_tier(base, probes, tier):
 
 def test_weights_only_is_wide_and_says_what_is_missing(probes):
     bare = [Probe(p.name, p.updates, meta=provenance(finished=True)) for p in probes]
-    forecaster = forecast_probes(bare)
+    forecaster = forecast_probes(bare, predictor="none")
     assert forecaster.tier == "weights"
     forecast = forecaster.forecast("sums", ("sums", "words"), "mean")
     assert forecast.high - forecast.low > 0.2

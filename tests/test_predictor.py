@@ -24,7 +24,7 @@ from mergeprobe.predict.learning import learning_rows, read_rows
 from mergeprobe.predict.menus import CANDIDATES, MENUS, Candidate
 from mergeprobe.predict.models import fit_model, fit_ridge, model_from_json
 from mergeprobe.predict.novelty import fit_novelty
-from mergeprobe.predict.predictor import fit_predictor, load_predictor
+from mergeprobe.predict.predictor import Predictor, fit_predictor, load_predictor
 from mergeprobe.predict.ridge import METHODS, score
 from mergeprobe.predict.tier import Guess, fit_tier
 
@@ -62,14 +62,6 @@ PAIRS = pl.DataFrame(
         "early_retention_ties": [0.85, None, 0.2],
     }
 )
-SETS = pl.DataFrame(
-    {
-        "adapter": ["a"],
-        "set": ["a+b+c"],
-        "disturbance_late": [0.6],
-        "early_retention_sum": [0.25],
-    }
-)
 
 
 def requests(*rows):
@@ -85,7 +77,6 @@ def test_a_pairs_features_are_the_pairs_signals():
     assert at(got, "own_gain") == pytest.approx([0.8, 0.5])
     assert at(got, "nonadditivity_late") == pytest.approx([math.log(0.2), 0.0])
     assert at(got, "early_retention") == pytest.approx([score(0.9), score(0.1)])
-    assert at(got, "set_disturbance") == pytest.approx([math.log(0.5), math.log(2.0)])
     assert at(got, "log_progress") == pytest.approx([math.log(0.1), math.log(0.05)])
     assert at(got, "log_size") == pytest.approx([math.log(2.0)] * 2)
     assert at(got, "exponent").tolist() == [1.0, 0.0]
@@ -94,17 +85,13 @@ def test_a_pairs_features_are_the_pairs_signals():
 
 
 def test_a_sets_features_add_up_over_the_others():
-    got = feature_matrix(requests(("a", ["b", "c"], "sum")), PAIRS, SETS)
+    got = feature_matrix(requests(("a", ["b", "c"], "sum")), PAIRS)
     assert at(got, "disturbance_late")[0] == pytest.approx(math.log(0.75))
     assert at(got, "frobenius_cosine")[0] == pytest.approx(-0.2)
     assert at(got, "frobenius_size")[0] == pytest.approx(0.3)  # the largest in magnitude
     assert at(got, "own_gain")[0] == pytest.approx(0.8)
     # harm adds: 1 − (0.4 + 0.5)
     assert at(got, "early_retention")[0] == pytest.approx(score(0.1))
-    assert at(got, "set_disturbance")[0] == pytest.approx(math.log(0.6))
-    assert at(got, "set_early_retention")[0] == pytest.approx(score(0.25))
-    without = feature_matrix(requests(("a", ["b", "c"], "sum")), PAIRS)
-    assert math.isnan(at(without, "set_disturbance")[0])
 
 
 def test_methods_between_mean_and_sum():
@@ -402,6 +389,7 @@ def test_saved_and_loaded_it_says_the_same(rows, predictor, tmp_path):
     predictor.save(tmp_path / "predictor")
     loaded = load_predictor(tmp_path / "predictor")
     assert sorted(file.name for file in (tmp_path / "predictor").iterdir()) == [
+        "README.md",
         "card.json",
         "file.json",
         "model.json",
@@ -410,6 +398,9 @@ def test_saved_and_loaded_it_says_the_same(rows, predictor, tmp_path):
     for name in Guess.__dataclass_fields__:
         assert np.array_equal(getattr(before, name), getattr(after, name)), name
     assert loaded.card == predictor.card
+    said = (tmp_path / "predictor" / "README.md").read_text()
+    assert f"{len(rows)} rows of 6 cohorts (c0, c1, c2, c3, c4, c5)" in said
+    assert f"| model | {predictor.tiers['model'].chosen} |" in said
     assert loaded.centre == predictor.centre
 
 
@@ -428,6 +419,26 @@ def test_damaged_predictors_are_refused(predictor, tmp_path):
     (folder / "card.json").write_text(json.dumps(card | {"schema_version": 99}))
     with pytest.raises(NotForecastable, match="upgrade mergeprobe"):
         load_predictor(folder)
+
+
+def test_which_bases_it_knows():
+    card = {"bases": ["smollm2-135m-instruct-q4"], "base_fingerprints": ["abc"]}
+    predictor = Predictor({}, card)
+    for name, fingerprint in (
+        ("anything", "abc"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", None),
+        ("models/smollm2-135m-instruct-bf16/", "other"),
+        ("SmolLM2-135M-Instruct-GGUF", "other"),
+    ):
+        assert predictor.knows_base(name, fingerprint), name
+    for name, fingerprint in (
+        (None, None),
+        ("", "abd"),
+        ("SmolLM2-135M", None),
+        ("SmolLM2-360M-Instruct", None),
+        ("meta-llama/Llama-3.2-1B", "xyz"),
+    ):
+        assert not predictor.knows_base(name, fingerprint), name
 
 
 def test_the_tier_is_what_a_row_supports(rows, predictor):

@@ -134,7 +134,7 @@ def test_held_out_cohorts_are_frozen(bank):
 
 def test_the_ceiling_is_the_other_seed(bank):
     frozen = bank.rows.pick(np.isin(bank.rows.cohort, bank.held_out))
-    twins = repeated(frozen)
+    twins = repeated(frozen, bank.measured)
     assert set(twins.rows.cohort) == {"h1", "h1-again"}
     table = twins.rows.table.with_columns(
         pl.Series("kept", twins.rows.target), pl.Series("said", twins.guess.retention)
@@ -146,7 +146,23 @@ def test_the_ceiling_is_the_other_seed(bank):
     assert both.height == len(twins.rows) // 2
     assert both["kept"].to_list() == both["said_right"].to_list()
     assert both["kept_right"].to_list() == both["said"].to_list()
-    assert repeated(frozen.pick(frozen.cohort != "h1-again")) is None
+    first = frozen.pick(frozen.cohort == "h1")  # the repeat need not have been probed
+    alone = repeated(first, bank.measured)
+    assert (
+        alone.guess.retention.tolist() == twins.guess.retention[twins.rows.cohort == "h1"].tolist()
+    )
+    assert repeated(first, bank.measured.filter(pl.col("cohort") != "h1-again")) is None
+
+
+def test_repeats_without_signals_are_measured_but_not_forecast(bank):
+    tables = {
+        name: table.filter(pl.col("cohort") != "h1-again") if name == "pairs" else table
+        for name, table in bank.tables.items()
+    }
+    found = made_bank(tables)
+    assert found.held_out == ("h1", "h2", "h3")
+    assert "h1-again" in found.measured["cohort"]
+    assert repeated(found.rows, found.measured) is not None
 
 
 # --- decisions by hand

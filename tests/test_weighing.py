@@ -67,7 +67,7 @@ def test_forecasts_of_unlike_lengths_weigh_by_the_expected_norms(base, probes): 
     row = early_row(tier, "sums", ("sums", "words"))
     assert row["extrapolated_equal_norm_mean"] == pytest.approx(expected, abs=1e-5)
     assert row["extrapolated_equal_norm_mean"] != pytest.approx(row["extrapolated_mean"], abs=1e-3)
-    forecaster = forecast_probes([short, long], model=tier)
+    forecaster = forecast_probes([short, long], model=tier, predictor="none")
     assert forecaster.methods(("sums", "words")) == WEIGHTED
     plan = forecaster.plan(min_retention=0.0)
     methods = set(forecaster.forecast_rows()["method"])

@@ -52,6 +52,12 @@ def write_page(folder: RunFolder, out: Path | None = None) -> Path:
     return target
 
 
+UNCALIBRATED = (
+    "Forecasts are uncalibrated: where the learned predictor does not speak, the intervals come "
+    "from the residuals of a small pilot."
+)
+
+
 def report_data(folder: RunFolder) -> ReportData:
     outcomes = Outcomes(folder)
     config, plan = outcomes.config, outcomes.plan
@@ -69,11 +75,11 @@ def report_data(folder: RunFolder) -> ReportData:
             "control": config.control,
             "training": f"{config.steps} steps of {config.batch_size} items, LoRA rank "
             f"{config.rank} on all linear layers, learning rate {config.learning_rate:g}",
-            "forecast tier": f"{plan.tier}, uncalibrated",
+            "forecast tier": f"{plan.tier}, {'' if plan.calibrated else 'un'}calibrated",
             "test items per task": str(config.test_items),
         },
         notes=(
-            "Forecasts are uncalibrated: the intervals come from the residuals of a small pilot.",
+            *(() if plan.calibrated else (UNCALIBRATED,)),
             f"Against the best partition of at most the plan's parameters, chosen on one half of "
             f"the test items and scored on the other ({lost.best}): the plan's regret is "
             f"{lost.worst:+.3f} in worst-case and {lost.mean:+.3f} in mean retention "

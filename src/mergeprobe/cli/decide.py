@@ -59,8 +59,8 @@ def forecast(
     method: Annotated[
         str,
         typer.Option(
-            help="The merge rule to forecast: mean, sum or equal_norm_mean; with --predictor any "
-            "that it was fitted on."
+            help="The merge rule to forecast: any that the predictor was fitted on; mean, sum or "
+            "equal_norm_mean without one."
         ),
     ] = "mean",
     json: Json = False,
@@ -82,7 +82,9 @@ def forecast(
                 "tier": forecaster.tier,
                 "calibrated": forecaster.calibrated,
                 "method": method,
+                "predictor": _described(forecaster),
                 "forecasts": rows,
+                "warnings": forecaster.warnings(),
                 "missing": forecaster.missing,
             }
         )
@@ -93,8 +95,10 @@ def forecast(
         numbers = [show.number(row[key]) for key in ("forecast", "low", "high")]
         table.add_row(row["adapter"], row["with"], *numbers)
     show.print_table(title, table)
-    said = "Calibrated on the predictor's rows." if forecaster.calibrated else ROUGH
-    show.console().print(f"Tier: {forecaster.tier}. {said}")
+    said = f", {_described(forecaster)}." if forecaster.calibrated else f". {ROUGH}"
+    show.console().print(f"Tier: {forecaster.tier}{said}")
+    for warning in forecaster.warnings():
+        show.console().print(f"Note: {warning}.")
     show_missing(forecaster.missing)
 
 
@@ -188,7 +192,7 @@ def _forecaster(
     base: str | None,
     budget: int | None,
     items: int,
-    predictor: Path | None,
+    predictor: str | None,
     progress: Callable[[str], None],
     together: Sequence[Sequence[str]] = (),
 ) -> Forecaster:
@@ -197,9 +201,9 @@ def _forecaster(
     from mergeprobe.predict.early import open_tier
     from mergeprobe.predict.forecast import forecast_probes
     from mergeprobe.predict.planner import check_together
-    from mergeprobe.predict.predictor import load_predictor
+    from mergeprobe.predict.predictor import opened
 
-    learned = load_predictor(predictor) if predictor is not None else None
+    learned = opened(predictor) or "none"  # before what takes minutes
     loaded = load_base(base, notify=progress) if base is not None else None
     probes = read_sources(sources, loaded)
     check_together([probe.name for probe in probes], together)  # before what takes minutes
@@ -220,11 +224,18 @@ def _prompt_auc(forecaster: Forecaster, trained: bool) -> dict[tuple[str, str], 
     return {(router.names[a], router.names[b]): float(router.separation[a, b]) for a, b in pairs}
 
 
+def _described(forecaster: Forecaster) -> str:
+    """Which predictor speaks, in one line; "" without one."""
+    return forecaster.learned.predictor.in_words() if forecaster.learned is not None else ""
+
+
 def _pairs(forecaster: Forecaster, method: str) -> list[dict[str, Any]]:
     rows = []
+    forecaster.ask_pairs([method])
     for name, other in permutations([probe.name for probe in forecaster.probes], 2):
         found = forecaster.forecast(name, (name, other), method)
         row = {"adapter": name, "with": other, "forecast": found.retention}
         row |= {"low": found.low, "high": found.high}
+        row |= {"source": forecaster.source(name, (other,), method)}
         rows.append(row | {"signals": forecaster.evidence.get((name, (other,), method), {})})
     return rows

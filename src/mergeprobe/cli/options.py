@@ -79,12 +79,13 @@ Items = Annotated[
     int, typer.Option(min=2, help="With --base: calibration items to run of each probe.")
 ]
 PredictorFolder = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--predictor",
-        help="A folder that `mergeprobe fit` wrote. It is asked first; what lies far from its rows "
-        "is forecast as without it.",
-        show_default=False,
+        metavar="DIR",
+        help="A folder that `mergeprobe fit` wrote, or 'none'. What lies far from its rows is "
+        "forecast by the surrogate and the early merge.",
+        show_default="the one that comes with mergeprobe",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")]

@@ -45,8 +45,9 @@ class MergeProbeCallback(TrainerCallback):
     `Trainer.log`, one paragraph of advice is printed. An other that cannot be read or compared, or
     gained nothing, is left out by name. stop_below: the run ends there where worst is below it
     (what was left out has no say). min_retention: the floor of the plan behind the advice.
-    predictor: a folder that `mergeprobe fit` wrote. budget: forward passes over 16 items that the
-    forecast may make with the base model (the model tier); 0 makes none.
+    predictor: a folder that `mergeprobe fit` wrote, by default the one that comes with mergeprobe;
+    "none" leaves the forecast to the surrogate and the early merge. budget: forward passes over 16
+    items that the forecast may make with the base model (the model tier); 0 makes none.
 
     Training itself is not changed: the same seed gives the same weights with and without.
     """
@@ -152,11 +153,10 @@ class MergeProbeCallback(TrainerCallback):
         return kept, unreadable | odd
 
     def _ask(self, probe: Probe, others: list[Probe], model: Any, tokenizer: Any) -> LiveForecast:
-        from mergeprobe.predict.predictor import load_predictor
-
-        options: dict[str, Any] = {"min_retention": self.min_retention}
-        if self.predictor is not None:
-            options["predictor"] = load_predictor(self.predictor)
+        options: dict[str, Any] = {
+            "min_retention": self.min_retention,
+            "predictor": self.predictor,
+        }
         if not self.budget:
             return forecast_run(probe, others, **options)
         assert self.recorder is not None
@@ -205,7 +205,8 @@ def _check(
         raise ProbeError(f"stop_below is {stop_below}; expected a retention, such as 0.3")
     if budget < 0:
         raise ProbeError(f"budget is {budget}; expected a number of forward passes, 0 for none")
-    for source in [*against, *([] if predictor is None else [predictor])]:
+    folders = [] if predictor is None or str(predictor) == "none" else [predictor]
+    for source in [*against, *folders]:
         if not isinstance(source, Probe) and not Path(source).exists():
             raise MergeProbeError(
                 f"'{source}' does not exist; expected a probe, a PEFT folder or a folder of either"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergeprobe.capture import Probe
@@ -98,12 +99,13 @@ def forecast_run(
     against: Sequence[Probe],
     *,
     min_retention: float = 0.9,
-    predictor: Predictor | None = None,
+    predictor: Predictor | str | Path | None = None,
     model: ModelTier | None = None,
 ) -> LiveForecast:
     """Forecasts one run against others; for hand-written loops, with what `recorder.step` returned.
 
-    predictor: fitted with `mergeprobe fit`. model: the model tier over all of the probes.
+    predictor: fitted with `mergeprobe fit` (or its folder), by default the one that comes with
+    mergeprobe; "none" for no predictor. model: the model tier over all of the probes.
     An other whose pair cannot be forecast (it gained nothing, say) is left out by name.
     Raises AdapterMismatch for another base, ProbeError where two have one name, NotForecastable
     with the first reason where no other is left.

@@ -16,14 +16,14 @@ from mergeprobe.predict.ridge import METHODS, score
 
 
 def feature_matrix(
-    requests: pl.DataFrame, pairs: pl.DataFrame, sets: pl.DataFrame | None = None
+    requests: pl.DataFrame, pairs: pl.DataFrame
 ) -> Float[np.ndarray, "requests columns"]:
     """One row of COLUMNS per request, NaN where a signal is missing.
 
     requests: i, others (a list of names), method. pairs: i, j and signals, one row per ordered
-    pair; sets: adapter, set (names sorted, joined by "+") and signals. Whatever else `requests`
-    shares with `pairs` (cohort, point) must agree too. A column that a table lacks counts as
-    missing. Raises NotForecastable for an unknown method or a row without others.
+    pair. Whatever else `requests` shares with `pairs` (cohort, point) must agree too. A column that
+    the table lacks counts as missing. Raises NotForecastable for an unknown method or a row without
+    others.
     """
     known = set(METHODS)
     if unknown := sorted(set(requests["method"].unique()) - known):
@@ -37,18 +37,10 @@ def feature_matrix(
     exploded = requests.select(*shared, "i", pl.col("others").alias("j")).explode("j")
     starts = np.cumsum(count) - count
     beside = _Source(_joined(exploded, pairs, [*shared, "i", "j"]), starts)
-    whole = None
-    if sets is not None and sets.height and (count > 1).any():
-        keys = requests.select(
-            *shared,
-            pl.col("i").alias("adapter"),
-            pl.concat_list("others", "i").list.sort().list.join("+").alias("set"),
-        )
-        whole = _Source(_joined(keys, sets, [*shared, "adapter", "set"]), np.arange(len(count)))
     methods = requests["method"].to_numpy()
     exponent = np.array([METHODS[m].exponent for m in methods])
     filled = [_setting(name, beside, methods, exponent, count) for name in SETTING]
-    filled += [_value(f, beside, whole, methods, exponent, count) for f in FEATURES.values()]
+    filled += [_of_methods(f, beside, methods, exponent) for f in FEATURES.values()]
     return np.stack(filled, 1) if len(count) else np.zeros((0, len(COLUMNS)))
 
 
@@ -108,29 +100,11 @@ def _setting(
     return (methods == name.removeprefix("method_")).astype(float)
 
 
-def _value(
-    feature: Feature,
-    beside: _Source,
-    whole: _Source | None,
-    methods: np.ndarray,
-    exponent: np.ndarray,
-    count: np.ndarray,
-) -> Float[np.ndarray, " requests"]:
-    found = _of_methods(feature, feature.column, beside, methods, exponent)
-    if feature.about != "set":
-        return found
-    larger = np.full(len(count), math.nan)
-    if whole is not None:
-        column = feature.set_column or feature.column
-        larger = _of_methods(feature, column, whole, methods, exponent)
-    return np.where(count == 1, found, larger)
-
-
 def _of_methods(
-    feature: Feature, column: str, source: _Source, methods: np.ndarray, exponent: np.ndarray
+    feature: Feature, source: _Source, methods: np.ndarray, exponent: np.ndarray
 ) -> Float[np.ndarray, " requests"]:
     """The feature at every row's own method; NaN where its columns are missing."""
-    nothing = np.full(len(methods), math.nan)
+    nothing, column = np.full(len(methods), math.nan), feature.column
     if feature.method == "shared":
         found = source.over(column, feature)
         return nothing if found is None else found
@@ -154,8 +128,5 @@ def _transformed(values: np.ndarray, kind: Kind) -> np.ndarray:
 
 
 _SOURCES = {
-    column.format(method)
-    for feature in FEATURES.values()
-    for column in (feature.column, feature.set_column or feature.column)
-    for method in METHODS
+    feature.column.format(method) for feature in FEATURES.values() for method in METHODS
 } | {"step", "planned_steps"}

@@ -1,10 +1,11 @@
 """FEATURES: what the learned predictor sees of (adapter i, set S, method m), once.
 
-A feature is a signal of the pair rows (what j does to i), of i or of j alone, or of the set row,
-brought to one number a row: over the other members of S by `over`, then by `kind` to a scale on
-which a step means about the same everywhere. For a pair "over the others" is the pair's own
-value, so one model serves pairs and sets. What was not measured is NaN, never a guess; a sum over
-the others is NaN as soon as one of them is. Needs no torch.
+A feature is a signal of the pair rows (what j does to i), of i or of j alone, brought to one
+number a row: over the other members of S by `over`, then by `kind` to a scale on which a step
+means about the same everywhere. For a pair "over the others" is the pair's own value, so one
+model serves pairs and sets, and no set has to be measured: signals of sets themselves told nothing
+more about them (docs/LOG.md). What was not measured is NaN, never a guess; a sum over the others
+is NaN as soon as one of them is. Needs no torch.
 """
 
 from __future__ import annotations
@@ -27,9 +28,8 @@ Kind = Literal["linear", "log", "damage", "magnitude"]
 class Feature:
     """One column that the predictor may use.
 
-    column: in the pair row (own: it starts with i_ or is the same for every j). For about="set"
-    the pair row's column serves sets of two, `set_column` (default: the same) larger ones.
-    about: "own" (i alone, no cross term), "other" (the others alone), "pair", "set".
+    column: in the pair row (own: it starts with i_ or is the same for every j).
+    about: "own" (i alone, no cross term), "other" (the others alone), "pair".
     family: of signals, for ablations. over: how the values of several others become one; "harm"
     adds what is missing to a retention of 1. kind: as ridge.TRANSFORMS, without its clipping.
     sign: +1 or −1 where more of the feature surely means more or less retention, else 0.
@@ -38,14 +38,13 @@ class Feature:
     """
 
     column: str
-    about: Literal["own", "other", "pair", "set"]
+    about: Literal["own", "other", "pair"]
     tier: Tier
     family: str
     over: Literal["first", "sum", "mean", "max", "harm"] = "sum"
     kind: Kind = "linear"
     sign: int = 0
     method: Literal["shared", "own"] = "shared"
-    set_column: str | None = None
 
 
 def _own(column: str, tier: Tier, family: str, kind: Kind = "linear", sign: int = 0) -> Feature:
@@ -77,8 +76,7 @@ FEATURES: dict[str, Feature] = {
     "principal_cosine": Feature("principal_cosine", "pair", "weights", "subspace", "max"),
     "union_rank": Feature("union_rank", "pair", "weights", "subspace", "mean"),
     "shared_init": Feature("shared_init", "pair", "weights", "init", "mean"),
-    "amplification": Feature(
-        "amplification", "set", "weights", "update", set_column="set_amplification"),
+    "amplification": Feature("amplification", "pair", "weights", "update", "max"),
     # --- probes
     "own_gain_early": _own("i_own_gain_relative", "file", "guards", sign=1),
     "own_loss_slope": _own("i_loss_slope", "file", "guards"),
@@ -99,8 +97,7 @@ FEATURES: dict[str, Feature] = {
         "first_order_transfer_snapshot", "pair", "file", "gradient"),
     "interference": Feature("interference", "pair", "file", "curvature", "sum", "log"),
     "interference_ratio": Feature(
-        "interference_ratio", "set", "file", "curvature", "sum", "log",
-        set_column="joint_interference_ratio"),
+        "interference_ratio", "pair", "file", "curvature", "sum", "log"),
     "fisher_cosine": Feature("fisher_cosine", "pair", "file", "curvature"),
     "data_weighted": Feature("data_weighted", "pair", "file", "curvature", "sum", "log"),
     "drift_ratio": Feature("drift_ratio", "pair", "file", "representation", "sum", "log"),
@@ -111,8 +108,6 @@ FEATURES: dict[str, Feature] = {
     "js_to_kl": Feature("js_to_kl", "pair", "file", "representation", "sum", "log"),
     "surrogate": Feature(
         "surrogate_{}", "pair", "file", "surrogate", "harm", "damage", 1, "own"),
-    "set_surrogate": Feature(
-        "surrogate_{}", "set", "file", "surrogate", "harm", "damage", 1, "own"),
     # --- a few forward passes
     "own_gain": _own("own_gain", "model", "own gain", sign=1),
     "log_length": _own("log_c", "model", "own gain"),
@@ -139,16 +134,6 @@ FEATURES: dict[str, Feature] = {
         "extrapolated_{}", "pair", "model", "early merge", "harm", "damage", 1, "own"),
     "joint_gradient_cosine": Feature(
         "joint_gradient_cosine", "pair", "model", "joint point", "sum"),
-    "set_disturbance": Feature(
-        "disturbance_late", "set", "model", "disturbance", "sum", "log", -1),
-    "set_nonadditivity": Feature(
-        "nonadditivity_{}_late", "set", "model", "disturbance", "sum", "log", -1, "own"),
-    "set_kl_merge": Feature(
-        "kl_merge_{}", "set", "model", "divergence", "sum", "log", -1, "own"),
-    "set_early_retention": Feature(
-        "early_retention_{}", "set", "model", "early merge", "harm", "damage", 1, "own"),
-    "set_extrapolated_merge": Feature(
-        "extrapolated_{}", "set", "model", "early merge", "harm", "damage", 1, "own"),
 }
 # fmt: on
 SETTING = (
@@ -166,7 +151,7 @@ SIGNS: dict[str, int] = {name: feature.sign for name, feature in FEATURES.items(
 def columns_of(
     tier: Tier,
     *,
-    about: Iterable[str] = ("own", "other", "pair", "set"),
+    about: Iterable[str] = ("own", "other", "pair"),
     families: Iterable[str] | None = None,
     without: Iterable[str] = (),
 ) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ probes' calibration items. Each tier yields a `Forecaster`, which the planner as
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from mergeprobe.adapters.checkpoint import check_same_base
 from mergeprobe.capture.probe import Probe
@@ -14,9 +15,9 @@ from mergeprobe.errors import NotForecastable
 from mergeprobe.predict import surrogate
 from mergeprobe.predict.blend import Tier
 from mergeprobe.predict.early import ModelTier
-from mergeprobe.predict.forecaster import Forecaster
+from mergeprobe.predict.forecaster import CLOSED_FORM, Forecaster
 from mergeprobe.predict.learned import Learned
-from mergeprobe.predict.predictor import Predictor
+from mergeprobe.predict.predictor import Predictor, opened
 from mergeprobe.predict.signal_rows import final_norms, signal_rows
 from mergeprobe.signals import tables
 
@@ -25,14 +26,16 @@ def forecast_probes(
     probes: Sequence[Probe],
     *,
     model: ModelTier | None = None,
-    predictor: Predictor | None = None,
+    predictor: Predictor | str | Path | None = None,
     floor: float = 0.9,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Forecaster:
     """The best forecaster that the probes allow: model tier if given, else file, else weights.
 
-    predictor: asked first, about every pair and set; where its answer would be far from the rows
-    that it was fitted on, the surrogate and the early merge answer as they do without it.
+    predictor: by default the one that comes with mergeprobe; one from `mergeprobe fit`, or its
+    folder; "none" for no predictor. It is asked first, about every pair and, of up to ten adapters,
+    every set. Where its answer would be far from the rows that it was fitted on, the surrogate and
+    the early merge answer as they do without it, and the forecaster's `warnings` say so.
 
     Raises AdapterMismatch if the probes are of different bases or share no module,
     NotForecastable if there are fewer than two.
@@ -42,6 +45,7 @@ def forecast_probes(
             f"a forecast needs at least two adapters, got {len(probes)}: "
             "one alone is simply deployed"
         )
+    asked = opened(predictor)
     fingerprint = check_same_base([probe.to_adapter() for probe in probes])
     progress("signals of all pairs")
     found = tables(probes)
@@ -74,9 +78,17 @@ def forecast_probes(
         model=model,
         progress=progress,
     )
-    if predictor is not None:
+    meta = probes[0].meta
+    if asked is not None and not asked.knows_base(meta.get("base"), fingerprint):
+        theirs, known = meta.get("base") or "unknown", ", ".join(asked.card["bases"])
+        forecaster.passed = (
+            f"the learned predictor has seen adapters of {known} only and is not asked about base "
+            f"'{theirs}': forecasts come from {CLOSED_FORM}, uncalibrated; `mergeprobe fit` learns "
+            "from measured merges of your own"
+        )
+    elif asked is not None:
         rows = signal_rows(found, facts, quadratic, lengths)
-        forecaster.learned = Learned(predictor, tuple(probes), rows, forecaster.early)
+        forecaster.learned = Learned(asked, rows, forecaster.early)
     return forecaster
 
 

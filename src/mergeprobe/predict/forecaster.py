@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import permutations
+from itertools import combinations, permutations, product
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from mergeprobe.capture.probe import Probe
+from mergeprobe.compose import merge
 from mergeprobe.errors import NotForecastable
-from mergeprobe.plan import Forecast, Plan
+from mergeprobe.plan import Action, Forecast, Group, Plan
 from mergeprobe.predict import ridge, surrogate
 from mergeprobe.predict.blend import Tier, around, blend, clip
 from mergeprobe.predict.candidates import KEPT, candidates
@@ -21,12 +22,14 @@ from mergeprobe.predict.costs import resident_parameters
 from mergeprobe.predict.early import ModelTier
 from mergeprobe.predict.learned import Learned
 from mergeprobe.predict.options import Cost
-from mergeprobe.predict.planner import AdapterInfo, make_plan
+from mergeprobe.predict.planner import EXACT_UP_TO, AdapterInfo, make_plan
 from mergeprobe.predict.signal_rows import early_row
 from mergeprobe.predict.trimming import trimmed
 from mergeprobe.predict.weighing import WEIGHTED, weights_of, worth_asking
 
 PASSES_A_PAIR = 10  # below this a pair is left to the file tier
+LEARNED = "the learned predictor"
+CLOSED_FORM = "the surrogate and the early merge"
 SET_MARGIN = 0.05  # sets that hold a pair this far below the floor are not measured
 
 
@@ -34,8 +37,10 @@ SET_MARGIN = 0.05  # sets that hold a pair this far below the floor are not meas
 class Forecaster:
     """One tier's forecasts of a list of adapters.
 
-    evidence: (adapter, others, method) -> what the forecast was made from, by part.
+    evidence: (adapter, others, method) -> what the forecast was made from, by part. sources: by
+    whom it was made, LEARNED where the predictor spoke.
     missing: what would make the forecasts better, in words. norms: ‖ΔW‖ at the end of training.
+    passed: why the learned predictor is not asked, where one was given.
     floor, together, by_rank (whether single adapters are offered at smaller ranks): of the plan.
     """
 
@@ -52,8 +57,10 @@ class Forecaster:
     lengths: np.ndarray | None = None
     model: ModelTier | None = None
     learned: Learned | None = None
+    passed: str = ""
     progress: Callable[[str], None] = lambda message: None
     evidence: dict[tuple[str, tuple[str, ...], str], dict[str, float]] = field(default_factory=dict)
+    sources: dict[tuple[str, tuple[str, ...], str], str] = field(default_factory=dict)
     _known: dict[tuple[str, tuple[str, ...], str], Forecast] = field(default_factory=dict)
 
     def forecast(self, name: str, group: Sequence[str], method: str) -> Forecast:
@@ -63,14 +70,20 @@ class Forecaster:
             return KEPT
         key = (name, others, method)
         if key not in self._known:
-            found = self.learned.forecast(name, others, method) if self.learned else None
+            found = None
+            if self.learned is not None and (len(others) == 1 or self._few):
+                found = self.learned.forecast(name, others, method)
             if found is None and method not in WEIGHTED:
                 raise NotForecastable(
                     f"no forecast for the merge method '{method}' without a learned predictor that "
                     f"knows it and adapters like its own; known here are {', '.join(WEIGHTED)}"
                 )
             if found is not None:
+                assert self.learned is not None
                 self._known[key] = found
+                self.sources[key] = LEARNED
+                if len(others) == 1:
+                    self.evidence[key] = self.learned.evidence(name, others[0], method)
             elif len(others) == 1:
                 self._known[key] = self._pair(name, others[0], method)
             else:
@@ -80,18 +93,35 @@ class Forecaster:
     @property
     def calibrated(self) -> bool:
         """Whether every forecast so far came from the learned predictor."""
-        return self.learned is not None and not self.learned.far
+        return bool(self._known) and all(self.source(*key) == LEARNED for key in self._known)
 
-    def early(self, name: str, group: tuple[str, ...]) -> dict[str, float]:
-        """The model tier's part of a row; {} without a model, or where its budget is spent."""
+    def source(self, name: str, others: tuple[str, ...], method: str) -> str:
+        """What a forecast was made by."""
+        return self.sources.get((name, others, method), CLOSED_FORM)
+
+    @property
+    def _few(self) -> bool:
+        """Whether sets are asked about one by one; in a search among many, pairs are combined."""
+        return len(self.probes) <= EXACT_UP_TO
+
+    def early(self, i: str, j: str, method: str) -> dict[str, float]:
+        """The model tier's part of a pair's row, as far as the predictor reads it; {} without a
+        model, or where its budget is spent."""
         if self.model is None or self.model.left() < PASSES_A_PAIR:
             return {}
-        others = " + ".join(other for other in group if other != name)
-        self.progress(f"what {others} can do to {name}")
+        assert self.learned is not None
+        self.progress(f"what {j} can do to {i}")
         try:
-            return early_row(self.model, name, group, self.methods(group))
+            found = early_row(self.model, i, (i, j), self.methods((i, j)))
+            if self.learned.predictor.reads("joint_gradient_cosine"):
+                found["joint_gradient_cosine"] = self.model.joint_gradient_cosine(i, j)
+            if method not in WEIGHTED and self.learned.predictor.reads("early_retention"):
+                both = [self.model.snapshots[name].update for name in sorted((i, j))]
+                merged = merge(both, method, rank=self.rank((i, j))).adapter
+                found[f"early_retention_{method}"] = self.model.early_retention(i, merged)
         except NotForecastable:
             return {}
+        return found
 
     def _pair(self, name: str, other: str, method: str) -> Forecast:
         parts = self._parts(name, (other,), method)
@@ -184,10 +214,9 @@ class Forecaster:
         ranks that do (trimming.trimmed), unless keep_ranks."""
         self.floor, self.together = min_retention, tuple(map(tuple, together))
         self.by_rank = cost == "parameters" and self.model is not None and not keep_ranks
-        names = [probe.name for probe in self.probes]
-        for one, other in permutations(names, 2):  # pairs first: sets may use the budget up
-            for method in self.methods((one, other)):
-                self.forecast(one, (one, other), method)
+        self.ask_pairs()  # first: sets may use the budget up
+        if self.learned is not None and self._few:
+            self.learned.ask(self._all_sets())
         first = self.probes[0].meta
         plan = make_plan(
             self.infos(),
@@ -198,25 +227,69 @@ class Forecaster:
             tier=self.tier,
             base=first.get("base") or "",
             base_fingerprint=self.fingerprint,
-            calibrated=self.learned is not None,
+            calibrated=self.learned is not None,  # until the groups are known
             missing=self.missing,
             **options,
         )
         if not keep_ranks:
             self.progress("which ranks do")
             plan = trimmed(self, plan)
-        if self.learned is None or not self.learned.far:
-            return plan
-        said = f"{self._far()}: these come from the surrogate and the early merge, uncalibrated"
-        return plan.model_copy(update={"calibrated": False, "reasons": (*plan.reasons, said)})
+        said = self.warnings()
+        calibrated = self.learned is not None and all(map(self._calibrated, plan.groups))
+        if self.learned is not None:
+            said = (self.learned.predictor.in_words(), *said)
+        return plan.model_copy(update={"calibrated": calibrated, "reasons": (*plan.reasons, *said)})
 
-    def _far(self) -> str:
-        assert self.learned is not None
-        names = sorted({name for name, _, _ in self.learned.far})
-        return (
-            f"{len(self.learned.far)} of {len(self._known)} forecasts (of {', '.join(names)}) lie "
-            "outside of what the learned predictor has seen"
+    def _calibrated(self, group: Group) -> bool:
+        """Whether what is forecast of a group of the plan came from the learned predictor."""
+        if len(group.adapters) == 1:
+            return True
+        if group.action is not Action.merge or group.method is None:
+            return False
+        return all(
+            self.source(n, tuple(sorted(set(group.adapters) - {n})), group.method) == LEARNED
+            for n in group.adapters
         )
+
+    def ask_pairs(self, methods: Sequence[str] = ()) -> None:
+        """Forecasts every ordered pair under these rules (all that are worth asking)."""
+        names = [probe.name for probe in self.probes]
+        wanted = [
+            (one, other, method)
+            for one, other in permutations(names, 2)
+            for method in methods or self.methods((one, other))
+        ]
+        if self.learned is not None:
+            self.learned.ask((one, (other,), method) for one, other, method in wanted)
+        for one, other, method in wanted:
+            self.forecast(one, (one, other), method)
+
+    def _all_sets(self) -> Iterator[tuple[str, tuple[str, ...], str]]:
+        """(adapter, others, method) of every set of three or more."""
+        names = sorted(probe.name for probe in self.probes)
+        for size in range(3, len(names) + 1):
+            for group in combinations(names, size):
+                for method, name in product(self.methods(group), group):
+                    yield name, tuple(other for other in group if other != name), method
+
+    def warnings(self) -> tuple[str, ...]:
+        """What the learned predictor did not speak of, in words; () without one."""
+        if self.learned is None:
+            return (self.passed,) if self.passed else ()
+        said, far = [], [key for key in self.learned.far if key in self._known]
+        if far:
+            names = sorted({name for name, _, _ in far})
+            said.append(
+                f"{len(far)} of {len(self._known)} forecasts (of {', '.join(names)}) lie outside "
+                f"of what the learned predictor has seen: these come from {CLOSED_FORM}, "
+                "uncalibrated"
+            )
+        if any(len(others) > 1 for _, others, _ in self._known) and not self._few:
+            said.append(
+                f"with more than {EXACT_UP_TO} adapters only pairs are asked of the learned "
+                "predictor; sets are combined from them, uncalibrated"
+            )
+        return tuple(said)
 
     def signal_rows(self) -> pl.DataFrame:
         """Pair rows of the file tier, with the model tier's columns where it ran (prefix early_
@@ -245,6 +318,7 @@ class Forecaster:
                     "others": "+".join(others),
                     "method": method,
                     "tier": self.tier,
+                    "source": self.source(name, tuple(others), method),
                     "retention": forecast.retention,
                     "low": forecast.low,
                     "high": forecast.high,
@@ -257,7 +331,7 @@ class Forecaster:
 
 
 FORECAST_COLUMNS: dict[str, Any] = {
-    **dict.fromkeys(("adapter", "others", "method", "tier"), pl.String),
+    **dict.fromkeys(("adapter", "others", "method", "tier", "source"), pl.String),
     **dict.fromkeys(
         ("retention", "low", "high", "surrogate", "early_merge", "extrapolated_merge"), pl.Float64
     ),

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
 
-from mergeprobe.capture.probe import Probe
 from mergeprobe.plan import Forecast
 from mergeprobe.predict.feature_rows import feature_matrix
 from mergeprobe.predict.predictor import Predictor
 from mergeprobe.predict.signal_rows import SignalRows
-from mergeprobe.signals.rows import set_rows
+from mergeprobe.predict.weighing import WEIGHTED
 
-Early = Callable[[str, tuple[str, ...]], Mapping[str, float]]
-"""early(name, group): the model tier's signals of `name` in `group`, {} where it cannot run."""
+Asked = tuple[str, tuple[str, ...], str]
+"""(adapter, the others that it is merged with, method)."""
+Early = Callable[[str, str, str], Mapping[str, float]]
+"""early(i, j, method): the model tier's signals of i beside j; those that all methods share, and of
+one that merges by more than weights its own. {} where it cannot run."""
+SHOWN = ("frobenius_cosine", "norm_ratio", "gradient_cosine_base", "own_gain", "disturbance_late")
 
 
 @dataclass(eq=False)
 class Learned:
-    """Asks the predictor about one (adapter, set, method) at a time; rows are kept.
+    """Asks the predictor about (adapter, set, method)s, each once; rows of pairs are kept, and
+    those of sets are made of them.
 
     rows: the file tier's tables. early: the model tier's part of a row. far: what the predictor
     would not speak of, with its novelty (above 1: farther from the bank's rows than they are from
@@ -30,42 +33,61 @@ class Learned:
     """
 
     predictor: Predictor
-    probes: tuple[Probe, ...]
     rows: SignalRows
-    early: Early = lambda name, group: {}
-    far: dict[tuple[str, tuple[str, ...], str], float] = field(default_factory=dict)
+    early: Early = lambda i, j, method: {}
+    far: dict[Asked, float] = field(default_factory=dict)
+    _said: dict[Asked, Forecast | None] = field(default_factory=dict)
     _pairs: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
-    _groups: dict[tuple[str, tuple[str, ...]], dict[str, Any]] = field(default_factory=dict)
+    _measured: set[tuple[str, str, str]] = field(default_factory=set)
 
     def forecast(self, name: str, others: tuple[str, ...], method: str) -> Forecast | None:
         """Retention of `name` merged with `others`; None where the predictor should not be asked:
         the row lies far from the bank, or lacks what even the lowest tier needs."""
-        requests = pl.DataFrame({"i": [name], "others": [list(others)], "method": [method]})
-        pairs = _table([self._pair(name, other) for other in others])
-        sets = _table([self._group(name, others)]) if len(others) > 1 else None
-        guess = self.predictor.predict(feature_matrix(requests, pairs, sets))
-        if math.isnan(guess.retention[0]) or guess.far[0]:
-            self.far[name, others, method] = float(guess.novelty[0])
-            return None
-        return guess.forecasts()[0]
+        key = (name, others, method)
+        if key not in self._said:
+            self.ask([key])
+        return self._said[key]
 
-    def _pair(self, i: str, j: str) -> dict[str, Any]:
+    def ask(self, wanted: Iterable[Asked]) -> None:
+        """Forecasts many at once, for `forecast` to hand out."""
+        fresh = [key for key in dict.fromkeys(wanted) if key not in self._said]
+        if not fresh:
+            return
+        names, others, methods = (list(column) for column in zip(*fresh, strict=True))
+        requests = pl.DataFrame(
+            {"i": names, "others": [list(those) for those in others], "method": methods},
+            schema={"i": pl.String, "others": pl.List(pl.String), "method": pl.String},
+        )
+        each = dict.fromkeys((name, one, how) for name, those, how in fresh for one in those)
+        pairs = {(i, j): self._pair(i, j, method) for i, j, method in each}
+        table = pl.DataFrame(list(pairs.values()), infer_schema_length=None)
+        guess = self.predictor.predict(feature_matrix(requests, table))
+        numbers = zip(guess.retention, guess.low, guess.high, guess.novelty, strict=True)
+        for key, (kept, low, high, novelty) in zip(fresh, numbers, strict=True):
+            if novelty <= 1.0:  # not where it is NaN: no tier supports the row
+                said = Forecast(retention=float(kept), low=float(low), high=float(high))
+                self._said[key] = said
+            else:
+                self._said[key], self.far[key] = None, float(novelty)
+
+    def evidence(self, name: str, other: str, method: str) -> dict[str, float]:
+        """Single signals of a pair, to be shown beside its forecast; those that were measured."""
+        row = self._pair(name, other, method)
+        wanted = {
+            **{column: column for column in SHOWN},
+            "surrogate": f"surrogate_{method}",
+            f"early_retention_{method}": f"early_retention_{method}",
+            "extrapolated_merge": f"extrapolated_{method}",
+        }
+        found = {shown: row.get(column) for shown, column in wanted.items()}
+        return {shown: value for shown, value in found.items() if value is not None}
+
+    def _pair(self, i: str, j: str, method: str) -> dict[str, Any]:
+        """The row of a pair; it grows by what a method adds."""
         if (i, j) not in self._pairs:
-            self._pairs[i, j] = self.rows.pair(i, j, self.early(i, (i, j)))
+            self._pairs[i, j] = self.rows.pair(i, j, {})
+        key = (i, j, method if method not in WEIGHTED else "")
+        if key not in self._measured:
+            self._measured.add(key)
+            self._pairs[i, j] |= self.early(i, j, method)
         return self._pairs[i, j]
-
-    def _group(self, name: str, others: tuple[str, ...]) -> dict[str, Any]:
-        if (name, others) not in self._groups:
-            group = tuple(sorted((name, *others)))
-            early = self.early(name, group)
-            label = "+".join(group)
-            if (name, label) not in self.rows.sets:
-                members = [probe for probe in self.probes if probe.name in group]
-                for row in set_rows(members, [group]).to_dicts():
-                    self.rows.sets[row["a"], label] = row
-            self._groups[name, others] = self.rows.group(name, group, early)
-        return self._groups[name, others]
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
-    return pl.DataFrame(rows, infer_schema_length=None)

@@ -1,7 +1,7 @@
 """Bank tables -> learning rows: features and retention of every (adapter, set, method, point).
 
-A bank is a folder of cohorts, each with adapters.parquet, pairs.parquet, outcomes.parquet and
-mostly sets.parquet; the user's own rows have the same layout. Needs no torch.
+A bank is a folder of cohorts, each with adapters.parquet, pairs.parquet and outcomes.parquet; the
+user's own rows have the same layout. Needs no torch.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def read_tables(
     cohorts: Sequence[str] | None = None,
     points: Sequence[float] | None = None,
 ) -> dict[str, pl.DataFrame]:
-    """The same as tables: adapters, pairs, outcomes and, where there are any, sets."""
+    """The same as tables: adapters, pairs and outcomes."""
     found = [cohort for folder in _listed(folders) for cohort in _cohorts(folder)]
     if cohorts is not None:
         found = [folder for folder in found if folder.name in set(cohorts)]
@@ -122,14 +122,10 @@ def read_tables(
             "adapters.parquet, pairs.parquet and outcomes.parquet"
         )
     each = [_read(folder) for folder in found]
-    tables = {
-        name: pl.concat([t[name] for t in each if name in t], how="diagonal_relaxed")
-        for name in ("adapters", "pairs", "sets", "outcomes")
-        if any(name in t for t in each)
-    }
+    tables = {name: pl.concat([t[name] for t in each], how="diagonal_relaxed") for name in NEEDED}
     if points is not None:
         near = pl.any_horizontal([(pl.col("point") - p).abs() < 1e-9 for p in points])
-        tables |= {name: tables[name].filter(near) for name in ("pairs", "sets") if name in tables}
+        tables["pairs"] = tables["pairs"].filter(near)
     return tables
 
 
@@ -137,7 +133,6 @@ def learning_rows(
     adapters: pl.DataFrame,
     pairs: pl.DataFrame,
     outcomes: pl.DataFrame,
-    sets: pl.DataFrame | None = None,
 ) -> Rows:
     """One row per outcome (sets of two or more, methods of ridge.METHODS) and probe point.
 
@@ -156,11 +151,19 @@ def learning_rows(
     gain, noise = (kept[c].cast(pl.Float64).to_numpy() for c in ("own_gain", "own_gain_se"))
     return Rows(
         table=table,
-        values=feature_matrix(table, pairs, sets),
+        values=feature_matrix(table, pairs),
         target=kept["gain_retention"].cast(pl.Float64).clip(LOWEST, HIGHEST).to_numpy(),
         weight=1.0 / (1.0 + (HALF_WEIGHT_SE * noise / gain) ** 2),
         dropped=dropped | ({"no pair rows": without} if without else {}),
     )
+
+
+def measured_rows(adapters: pl.DataFrame, outcomes: pl.DataFrame) -> pl.DataFrame:
+    """The outcomes that have a retention (gain_retention), described as Rows.table is but for the
+    point; also of cohorts without signals."""
+    kept, _ = _defined(outcomes)
+    table = _described(kept.with_columns(pl.lit(None, pl.Float64).alias("point")), adapters)
+    return table.drop("point").with_columns(kept["gain_retention"])
 
 
 def _defined(outcomes: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
@@ -204,6 +207,7 @@ def _described(kept: pl.DataFrame, adapters: pl.DataFrame) -> pl.DataFrame:
             {
                 "cohort": cohort,
                 "base": group[0]["base"],
+                "base_fingerprint": group[0].get("base_fingerprint") or "",
                 "point": row["point"],
                 "i": name,
                 "set": "+".join(sorted(members)),
@@ -227,6 +231,7 @@ _TEXT, _TEXTS = pl.String, pl.List(pl.String)
 SCHEMA = {
     "cohort": _TEXT,
     "base": _TEXT,
+    "base_fingerprint": _TEXT,
     "point": pl.Float64,
     "i": _TEXT,
     "set": _TEXT,
@@ -256,10 +261,8 @@ def _cohorts(folder: Path) -> list[Path]:
 
 def _read(folder: Path) -> dict[str, pl.DataFrame]:
     tables = {}
-    for name in ("adapters", "pairs", "sets", "outcomes"):
+    for name in NEEDED:
         file = folder / f"{name}.parquet"
-        if name == "sets" and not file.exists():
-            continue
         try:
             tables[name] = pl.read_parquet(file)
         except FileNotFoundError:

@@ -46,7 +46,6 @@ MENUS: dict[str, Mapping[Tier, tuple[str, ...] | None]] = {
             *_WEIGHED,
             *("log_length", "log_length_ratio", "nonadditivity_late", "kl_merge"),
             *("kl_own_other", "js_own_other", "early_transfer", "joint_gradient_cosine"),
-            *("set_early_retention", "set_extrapolated_merge", "set_surrogate"),
             *("own_loss_slope", "own_kl_to_base", "gradient_cosine", "data_weighted"),
             *("first_order_transfer_snapshot", "drift_cosine", "js_divergence"),
             *("own_stable_rank", "own_effective_rank", "amplification", "shared_init"),

@@ -1,9 +1,9 @@
 """How far a row lies from everything that a predictor was fitted on.
 
-Two measures, each in units of what training rows of *other* families score, so that 1 is the edge:
-the share of features outside the training range, and the distance to the nearest training rows in
-robustly scaled features (median and interquartile range). A missing feature counts as the median.
-Needs no torch.
+Three measures, each in units of what training rows of *other* families score, so that 1 is the
+edge: the share of features outside the training range, how far the one that lies farthest outside
+does, and the distance to the nearest training rows in robustly scaled features (median and
+interquartile range). A missing feature counts as the median. Needs no torch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ NEAREST = 3
 EDGE = 0.99
 LEAST = 0.05
 """Rows closer than this (in standard deviations) are the same, whatever training rows do."""
+LEAST_BEYOND = 1.0
+"""One feature outside of the range by less than this (in standard deviations) is no reason."""
+REGIME = ("own_relative_norm", "norm_ratio", "own_stable_rank", "own_effective_rank")
+"""What tells learning rates, ranks and horizons, whether or not the forecast reads it."""
 CUT = 8.0
 """Scaled features are cut here, so that one wild signal alone does not decide the distance."""
 
@@ -30,8 +34,8 @@ CUT = 8.0
 @dataclass(frozen=True, eq=False)
 class Novelty:
     """low, high: training range of each column (0.5 % and 99.5 %). references: scaled rows.
-    edge_outside, edge_distance: the EDGE quantiles over training rows, judged by rows of other
-    families only."""
+    edge_outside, edge_beyond, edge_distance: the EDGE quantiles over training rows, judged by rows
+    of other families only."""
 
     columns: tuple[str, ...]
     low: Float[np.ndarray, " columns"]
@@ -40,16 +44,19 @@ class Novelty:
     scale: Float[np.ndarray, " columns"]
     references: Float[np.ndarray, "references columns"]
     edge_outside: float
+    edge_beyond: float
     edge_distance: float
 
     def score(self, values: Float[np.ndarray, "rows all"]) -> Float[np.ndarray, " rows"]:
-        """The larger of both measures; above 1 a row is far from all training rows."""
+        """The largest of the measures; above 1 a row is far from all training rows."""
         picked = values[:, [COLUMNS.index(name) for name in self.columns]]
         distance = _nearest(self._scaled(picked), self.references)
-        return np.maximum(
+        measures = (
             _outside(picked, self.low, self.high) / self.edge_outside,
+            _beyond(picked, self.low, self.high, self.scale) / self.edge_beyond,
             distance / self.edge_distance,
         )
+        return np.max(measures, axis=0)
 
     def _scaled(self, picked: Float[np.ndarray, "rows columns"]) -> np.ndarray:
         return scaled(picked, self.median, self.scale)
@@ -59,6 +66,7 @@ class Novelty:
         return {
             "columns": list(self.columns),
             "edge_outside": self.edge_outside,
+            "edge_beyond": self.edge_beyond,
             "edge_distance": self.edge_distance,
             **{name: array.tolist() for name, array in arrays.items()},
         }
@@ -74,8 +82,11 @@ def fit_novelty(
     seed: int = 0,
 ) -> Novelty:
     """groups: the family of every row's i. Columns of the setting (method, size) are left out:
-    they are known to be covered, or the method is refused by name."""
-    columns = tuple(name for name in columns if name not in SETTING or name == "log_progress")
+    they are known to be covered, or the method is refused by name. REGIME is always looked at, as
+    far as it was measured."""
+    kept = [name for name in columns if name not in SETTING or name == "log_progress"]
+    kept += [n for n in REGIME if np.isfinite(values[:, COLUMNS.index(n)]).any()]
+    columns = tuple(dict.fromkeys(kept))
     picked = values[:, [COLUMNS.index(name) for name in columns]]
     low, first, median, third, high = quantiles(picked, 0.005, 0.25, 0.5, 0.75, 0.995)
     # a column with one common value has no interquartile range
@@ -83,13 +94,14 @@ def fit_novelty(
     rows = scaled(picked, median, scale)
     groups = np.asarray(groups)
     chosen = _spread_out(len(rows), seed)
-    outside, distance = np.zeros(len(rows)), np.zeros(len(rows))
+    outside, beyond, distance = np.zeros((3, len(rows)))
     for group in sorted(set(groups.tolist())):
         mine, theirs = groups == group, groups != group
         if not theirs.any():
             theirs = ~theirs
         ends = quantiles(picked[theirs], 0.005, 0.995)
         outside[mine] = _outside(picked[mine], *ends)
+        beyond[mine] = _beyond(picked[mine], ends[0], ends[1], scale)
         others = chosen[theirs[chosen]]
         distance[mine] = _nearest(rows[mine], rows[others if len(others) else chosen])
     return Novelty(
@@ -100,6 +112,7 @@ def fit_novelty(
         scale=scale,
         references=np.round(rows[chosen], 3),
         edge_outside=max(float(np.quantile(outside, EDGE)), 1.0 / max(len(columns), 1)),
+        edge_beyond=max(float(np.quantile(beyond, EDGE)), LEAST_BEYOND),
         edge_distance=max(float(np.quantile(distance, EDGE)), LEAST),
     )
 
@@ -119,6 +132,7 @@ def novelty_from_json(value: Mapping[str, Any]) -> Novelty:
     return Novelty(
         columns=tuple(value["columns"]),
         edge_outside=value["edge_outside"],
+        edge_beyond=value["edge_beyond"],
         edge_distance=value["edge_distance"],
         **{name: np.array(value[name], dtype=float) for name in _ARRAYS},
     )
@@ -137,6 +151,14 @@ def _outside(picked: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarra
     known = np.isfinite(picked)
     beyond = known & ((picked < low) | (picked > high))
     return beyond.sum(1) / np.maximum(known.sum(1), 1)
+
+
+def _beyond(picked: np.ndarray, low: np.ndarray, high: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """How far the column that lies farthest outside of the range does, in scales."""
+    if not picked.shape[1]:
+        return np.zeros(len(picked))
+    far = np.maximum(low - picked, picked - high) / scale
+    return np.maximum(np.nan_to_num(far, nan=0.0).max(1), 0.0)
 
 
 def _nearest(

@@ -9,8 +9,10 @@ folder of JSON. Needs no torch.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,14 @@ from mergeprobe.predict.conformal import LEVEL, family_weights
 from mergeprobe.predict.features import COLUMNS, FEATURES, TIERS, Tier
 from mergeprobe.predict.learning import Rows
 from mergeprobe.predict.menus import CANDIDATES, Candidate
+from mergeprobe.predict.model_card import model_card
 from mergeprobe.predict.tier import Aim, Centre, Guess, TierModel, fit_tier, tier_from_json
 
 SCHEMA = 1
+SHIPPED = Path(__file__).parents[1] / "predictor"
+"""The predictor that travels with the package: `mergeprobe fit` on the bank's rows."""
+WITHOUT = "none"
+QUANTISED = r"([-_.](gguf|q\d\w*|[48]bit|int[48]|fp?\d+|bf16|awq|gptq|bnb))+$"
 
 NEEDED: dict[Tier, tuple[str, ...]] = {
     "weights": ("frobenius_cosine", "norm_ratio"),
@@ -45,6 +52,27 @@ class Predictor:
     card: Mapping[str, Any]
     centre: Centre = "median"
     guaranteed: bool = False
+
+    def in_words(self) -> str:
+        """What it was fitted on, and what its intervals claim."""
+        card = self.card
+        bases = ", ".join(card.get("bases", ()))
+        return (
+            f"forecast by a predictor fitted on {card.get('rows', 0)} rows of "
+            f"{len(card.get('families', ()))} task families ({bases}); its 90 % intervals are "
+            "calibrated on families left out"
+        )
+
+    def knows_base(self, name: str | None, fingerprint: str | None) -> bool:
+        """Whether rows of this base are among those that it was fitted on: by fingerprint, or by
+        the last part of its name but for how it was quantised."""
+        if fingerprint and fingerprint in self.card.get("base_fingerprints", ()):
+            return True
+        return bool(name) and _plain(name or "") in map(_plain, self.card.get("bases", ()))
+
+    def reads(self, name: str) -> bool:
+        """Whether any tier's model reads this feature: what is not read need not be measured."""
+        return any(name in tier.model.columns for tier in self.tiers.values())
 
     def supports(self, values: Float[np.ndarray, "rows columns"]) -> list[Tier | None]:
         """The highest tier that can speak of each row; None where not even the lowest can."""
@@ -94,7 +122,7 @@ class Predictor:
         )
 
     def save(self, folder: str | Path, *, force: bool = True) -> None:
-        """card.json and a file for each tier, all or nothing."""
+        """card.json, README.md (the model card) and a file for each tier, all or nothing."""
         with atomic_folder(folder, force=force) as temporary:
             head = {
                 "schema_version": SCHEMA,
@@ -105,6 +133,8 @@ class Predictor:
                 **self.card,
             }
             (temporary / "card.json").write_text(json.dumps(head, indent=2) + "\n", "utf-8")
+            if "models" in self.card:
+                (temporary / "README.md").write_text(model_card(self.card), "utf-8")
             for tier, model in self.tiers.items():
                 # infinities and NaN have no place in JSON
                 text = json.dumps(model.to_json(), allow_nan=False, separators=(",", ":"))
@@ -129,6 +159,27 @@ def load_predictor(folder: str | Path) -> Predictor:
     known = ("schema_version", "made_by", "centre", "guaranteed", "tiers")
     rest = {key: value for key, value in card.items() if key not in known}
     return Predictor(tiers, rest, card.get("centre", "median"), bool(card.get("guaranteed")))
+
+
+def _plain(base: str) -> str:
+    """HuggingFaceTB/SmolLM2-135M-Instruct and smollm2-135m-instruct-q4 are the same to us."""
+    return re.sub(QUANTISED, "", base.rstrip("/").rsplit("/", 1)[-1].lower())
+
+
+@cache
+def shipped_predictor() -> Predictor:
+    """The predictor that comes with mergeprobe, read once."""
+    return load_predictor(SHIPPED)
+
+
+def opened(asked: Predictor | str | Path | None) -> Predictor | None:
+    """What commands and the callback ask. None: the one that comes with mergeprobe. "none": no
+    predictor, so the surrogate and the early merge. Else a folder that `mergeprobe fit` wrote."""
+    if asked is None:
+        return shipped_predictor()
+    if not isinstance(asked, str | Path):
+        return asked
+    return None if str(asked) == WITHOUT else load_predictor(asked)
 
 
 def fit_predictor(
@@ -162,6 +213,7 @@ def describe(rows: Rows, tiers: Mapping[Tier, TierModel]) -> dict[str, Any]:
     return {
         "cohorts": sorted(table["cohort"].unique().to_list()),
         "bases": sorted(table["base"].unique().to_list()),
+        "base_fingerprints": sorted(set(table["base_fingerprint"].unique()) - {""}),
         "families": rows.holds()[0],
         "points": sorted(round(float(p), 4) for p in table["point"].unique()),
         "methods": sorted(table["method"].unique().to_list()),

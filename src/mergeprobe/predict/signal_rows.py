@@ -67,8 +67,11 @@ class SignalRows:
         }
 
     def _progress(self, name: str) -> dict[str, Any]:
-        facts = self.facts[name]
-        return {"step": facts["step"], "planned_steps": facts["planned_steps"]}
+        """A folder that no training record came with counts as finished."""
+        step, planned = self.facts[name]["step"], self.facts[name]["planned_steps"]
+        if step is None and planned is None:
+            step = planned = 1
+        return {"step": step, "planned_steps": planned}
 
     def _surrogate(self, name: str, group: Sequence[str]) -> dict[str, float | None]:
         """The closed-form forecast under WEIGHTED; null where it cannot be made."""

@@ -19,10 +19,12 @@ TRUNCATED_RANKS = (1, 2, 4, 8)
 SET_POINTS = (0.05, 0.1)  # where plans are made; pairs are measured at every point
 # A second look at what a row costs and brings: retention's standard error over 64 items was 0.004
 # at the median, a fiftieth of its spread over pairs, so half of the items do; the points at which
-# plans are made are measured everywhere, the others in t1 and t2.
+# plans are made are measured everywhere, finished adapters by their probes alone, other points in
+# t1 and t2. Forecasts of sets read signals of pairs only, so no set is run at the model tier.
 LEAN: dict[str, Any] = {
-    "points": SET_POINTS,
-    "set_points": (0.05,),
+    "points": (*SET_POINTS, 1.0),
+    "model_points": SET_POINTS,
+    "set_points": (),
     "test_items": 32,
     "set_sizes": ((2, None), (3, 4), (5, 1)),
     "methods": ("mean", "sum", "equal_norm_mean", "svc"),
@@ -74,7 +76,7 @@ def again(of: CohortSpec, name: str, seed: int) -> CohortSpec:
         adapter.model_copy(update={"seed": 100 * seed + position})
         for position, adapter in enumerate(of.adapters)
     )
-    lean = {**LEAN, "points": (), "set_points": (), "set_sizes": ((2, None),)}
+    lean = {**LEAN, "points": (), "model_points": (), "set_points": (), "set_sizes": ((2, None),)}
     changes = {"name": name, "adapters": adapters, "truncated_ranks": (), "whole_methods": ()}
     return of.model_copy(update={**lean, **changes})
 
@@ -84,6 +86,7 @@ EARLIER = (0.025, *POINTS)
 # t1 and t2, the first ones
 _FULL: dict[str, Any] = {
     "points": POINTS,
+    "model_points": None,
     "set_points": SET_POINTS,
     "test_items": 64,
     "set_sizes": SET_SIZES,
@@ -119,7 +122,8 @@ _ALL = (
         ("sort_up", "sort_down", "sql", "molar_mass", "injection", "number_german"),
         seed=1,
         turn=0,
-        **(_FULL | {"points": EARLIER}),
+        points=EARLIER,
+        **{key: value for key, value in _FULL.items() if key != "points"},
     ),
     _T2,
     cohort(

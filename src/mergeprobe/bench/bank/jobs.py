@@ -71,10 +71,10 @@ def jobs_of(folder: CohortFolder) -> list[Job]:
     jobs += [Job(name, "joint", (JOINT,))] if spec.joint else []
     jobs += [Job(name, "single", (one,)) for one in spec.names]
     # slow ones first: two workers end at about the same time
-    for point in spec.points:
+    jobs += [Job(name, "files", spec.names, point) for point in spec.points]
+    for point in spec.measured_points:
         jobs += [Job(name, "length", (one,), point) for one in spec.names]
-    for point in spec.points:
-        jobs.append(Job(name, "files", spec.names, point))
+    for point in spec.measured_points:
         jobs += [Job(name, "early", (one,), point) for one in spec.names]
         jobs += [Job(name, "pair", pair, point) for pair in combinations(spec.names, 2)]
         jobs += [Job(name, "cut", (one,), point) for one in dict(spec.truncations())]

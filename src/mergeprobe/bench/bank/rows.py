@@ -136,7 +136,11 @@ class PointFiles:
             lengths = None
         self.signals = signal_rows(found, found["facts"], quadratic, lengths)
         names = self.spec.names
-        self.early = {name: read_json(folder.early(name, point), DataError) for name in names}
+        self.measured = point in self.spec.measured_points
+        self.early = {
+            name: read_json(folder.early(name, point), DataError) if self.measured else {}
+            for name in names
+        }
 
     @property
     def key(self) -> dict[str, Any]:
@@ -144,23 +148,28 @@ class PointFiles:
 
 
 def pair_rows(files: PointFiles) -> list[dict[str, Any]]:
-    rows = []
-    for i, j in permutations(files.spec.names, 2):
-        both = read_json(files.folder.early_pair(i, j, files.point), DataError)
-        early = {
-            **files.early[i]["pairs"][j],
-            **{f"early_retention_{m}": v for m, v in both["retention"][i].items()},
-            "joint_gradient_cosine": both["cosine"],
-        }
-        rows.append(files.key | files.signals.pair(i, j, early))
-    return rows
+    pairs = permutations(files.spec.names, 2)
+    return [files.key | files.signals.pair(i, j, _early_pair(files, i, j)) for i, j in pairs]
+
+
+def _early_pair(files: PointFiles, i: str, j: str) -> dict[str, float]:
+    """The model tier's part of a row, where it was measured."""
+    if not files.measured:
+        return {}
+    both = read_json(files.folder.early_pair(i, j, files.point), DataError)
+    return {
+        **files.early[i]["pairs"][j],
+        **{f"early_retention_{m}": v for m, v in both["retention"][i].items()},
+        "joint_gradient_cosine": both["cosine"],
+    }
 
 
 def set_rows(files: PointFiles) -> list[dict[str, Any]]:
     rows = []
     for group in files.spec.larger_sets():
         for name in group:
-            early = files.early[name]["sets"].get("+".join(group), {})  # only at set_points
+            # only at set_points
+            early = files.early[name].get("sets", {}).get("+".join(group), {})
             rows.append(files.key | files.signals.group(name, group, early))
     return rows
 
@@ -168,7 +177,7 @@ def set_rows(files: PointFiles) -> list[dict[str, Any]]:
 def truncation_rows(files: PointFiles) -> list[dict[str, Any]]:
     """early_retention: share of the snapshot's own gain at its best length; error: of the cut."""
     rows = []
-    for name in dict(files.spec.truncations()):
+    for name in dict(files.spec.truncations()) if files.measured else ():
         found = read_json(files.folder.cut(name, files.point), DataError)
         for rank, kept in found["ranks"].items():
             rows.append(files.key | {"adapter": name, "rank": int(rank)} | kept)

@@ -49,8 +49,9 @@ class AdapterSpec(BaseModel):
 
 
 class CohortSpec(BaseModel):
-    """One cohort. points: shares of training at which probes are taken. set_points: those of them
-    at which the model tier measures sets of three or more, too; None for all.
+    """One cohort. points: shares of training at which probes are taken. model_points: those of
+    them at which the model tier is measured, too; set_points: those at which it measures sets of
+    three or more; None for all.
 
     set_sizes: (size, how many sets of it; None for all). seed: which sets are drawn; cohorts of
     equal seed and size have the same ones by position. methods: merges to measure. whole_methods:
@@ -68,6 +69,7 @@ class CohortSpec(BaseModel):
     base: str = BASE
     adapters: tuple[AdapterSpec, ...] = Field(min_length=2)
     points: tuple[float, ...] = POINTS
+    model_points: tuple[float, ...] | None = None
     set_points: tuple[float, ...] | None = None
     test_items: int = Field(64, ge=2)
     calibration_items: int = Field(32, ge=1)
@@ -90,12 +92,18 @@ class CohortSpec(BaseModel):
             0 < point <= 1 for point in self.points
         ):
             raise ValueError(f"points must rise inside (0, 1]: got {list(self.points)}")
-        if unknown := sorted(set(self.set_points or ()) - set(self.points)):
-            raise ValueError(f"set_points must be among the points: got {unknown}")
+        for field, known in (("model_points", self.points), ("set_points", self.measured_points)):
+            if unknown := sorted(set(getattr(self, field) or ()) - set(known)):
+                raise ValueError(f"{field} must be among {list(known)}: got {unknown}")
         cut = list(self.truncated_ranks)
         if cut != sorted(set(cut)) or any(rank < 1 for rank in cut):
             raise ValueError(f"truncated_ranks must rise from 1 or more: got {cut}")
         return self
+
+    @property
+    def measured_points(self) -> tuple[float, ...]:
+        """The points at which the model tier is measured."""
+        return self.points if self.model_points is None else self.model_points
 
     @property
     def names(self) -> tuple[str, ...]:

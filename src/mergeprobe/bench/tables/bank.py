@@ -12,7 +12,7 @@ import polars as pl
 from mergeprobe.bench.tables.audit import read_audits
 from mergeprobe.bench.tables.page import listed
 from mergeprobe.errors import DataError
-from mergeprobe.predict.learning import Rows, learning_rows, read_tables
+from mergeprobe.predict.learning import Rows, learning_rows, measured_rows, read_tables
 from mergeprobe.predict.splits import Fold, unseen_cohorts
 
 TRAINED, HELD_OUT = "t", "h"
@@ -22,11 +22,13 @@ second base) are in cross-validation and transfer only."""
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """tables: adapters, pairs, outcomes, mostly sets; of all cohorts. rows: what is learned from.
+    """tables: adapters, pairs, outcomes; of all cohorts. rows: what is learned from.
+    measured: learning.measured_rows, of repeats that nothing is forecast of, too.
     trained, held_out: names of cohorts; either can be empty. audits: audit.read_audits."""
 
     tables: dict[str, pl.DataFrame]
     rows: Rows
+    measured: pl.DataFrame
     trained: tuple[str, ...]
     held_out: tuple[str, ...]
     audits: pl.DataFrame | None = None
@@ -66,10 +68,13 @@ def made_bank(tables: dict[str, pl.DataFrame], *, held_out: Sequence[str] = ()) 
     names = sorted(tables["adapters"]["cohort"].unique().to_list())
     if unknown := sorted(set(held_out) - set(names)):
         raise DataError(f"no cohort '{unknown[0]}' to hold out; there are {', '.join(names)}")
-    frozen = tuple(held_out) or tuple(name for name in names if name.startswith(HELD_OUT))
-    rest = [name for name in names if name not in frozen]
+    rows = learning_rows(**tables)
+    probed = set(rows.table["cohort"].unique())
+    frozen = tuple(held_out) or tuple(n for n in names if n.startswith(HELD_OUT) and n in probed)
+    rest = [name for name in names if name not in frozen and name in probed]
     trained = [name for name in rest if name.startswith(TRAINED)] or rest
-    return Bank(tables, learning_rows(**tables), tuple(trained), frozen)
+    measured = measured_rows(tables["adapters"], tables["outcomes"])
+    return Bank(tables, rows, measured, tuple(trained), frozen)
 
 
 def near(rows: Rows, point: float) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import polars as pl
+
 from mergeprobe.bench.tables.by_setting import SIMPLE, by_setting, caption
 from mergeprobe.bench.tables.ceiling import CEILING, repeated
 from mergeprobe.bench.tables.forecasters import FILE, IDENTITIES, MODEL, OWN, capped, not_own, plain
@@ -20,7 +22,8 @@ from mergeprobe.predict.validate import interaction_skill, novelty_table, out_of
 CROSS_VALIDATED = (*SIMPLE, "Frobenius cosine alone", "gradient cosine alone")
 
 
-def cross_validated(pairs: Rows, options: Options) -> list[Part]:
+def cross_validated(pairs: Rows, measured: pl.DataFrame, options: Options) -> list[Part]:
+    """measured: learning.measured_rows of every cohort, for the ceiling."""
     title = "Cross-validation over all cohorts: pairs, both tasks unseen"
     try:
         folds = unseen_cohorts(pairs)
@@ -35,7 +38,7 @@ def cross_validated(pairs: Rows, options: Options) -> list[Part]:
     }
     tested = {name: out_of_fold(pairs, folds, fitter) for name, fitter in fitters.items()}
     shown = {n: t for n, t in tested.items() if n not in IDENTITIES}
-    twins = repeated(pairs)
+    twins = repeated(pairs, measured)
     rows = by_setting(shown, options)
     if twins is not None:
         rows += by_setting({CEILING: twins}, options)

@@ -138,7 +138,7 @@ def forecasts_of(cohort: Cohort, tables: Mapping[str, pl.DataFrame], model: Fitt
             "size": [len(group) for _, group, _ in wanted],
         }
     )
-    values = feature_matrix(requests, pairs, tables.get("sets"))
+    values = feature_matrix(requests, pairs)
     nothing = np.full(len(wanted), np.nan)
     guess = model(Rows(requests, values, nothing, np.ones(len(wanted))))
     if not np.isfinite(guess.retention).all():

@@ -90,7 +90,7 @@ class Slices:
         self.bank, self.options = bank, options
         self.tested = part_of(tested, tested[MODEL].rows.size == 2)
         self.rows = self.tested[MODEL].rows
-        twins = repeated(bank.rows)
+        twins = repeated(bank.rows, bank.measured)
         self.twins = twins.pick(twins.rows.size == 2) if twins is not None else None
         self._found: dict[tuple, dict[str, Resampled]] = {}
 

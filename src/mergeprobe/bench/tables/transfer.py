@@ -35,7 +35,7 @@ def transfer_page(
     say("unseen learning rates, ranks, horizons, domains and sizes")
     parts += settings(bank, early, options)
     say("cross-validation over all cohorts")
-    parts += cross_validated(pairs, options)
+    parts += cross_validated(pairs, bank.measured, options)
     say("one task unseen")
     parts.append(one_task_unseen(pairs, options))
     say("unseen base")
@@ -88,7 +88,7 @@ def larger_sets(bank: Bank, tested: Mapping[str, Tested] | None, options: Option
 
 
 def _twins(bank: Bank, size: int, point: float) -> Tested | None:
-    twins = repeated(bank.rows)
+    twins = repeated(bank.rows, bank.measured)
     if twins is None:
         return None
     rows = twins.rows
