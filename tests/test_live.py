@@ -334,7 +334,8 @@ def small_predictor(tmp_path_factory, others):
     target = 0.25 + 0.02 * draw.normal(size=len(rows))
     rows = replace(rows, values=values, target=target)
     few = {"ridge, few": CANDIDATES["ridge, few"]}
-    fit_predictor(rows, tiers=("file",), candidates=few).save(folder / "predictor")
+    card = {"base_fingerprints": [probes[0].meta["base_fingerprint"]]}
+    fit_predictor(rows, tiers=("file",), candidates=few, card=card).save(folder / "predictor")
     return folder / "predictor"
 
 
@@ -344,9 +345,19 @@ class Seen:
     def __init__(self):
         self.rows = []
 
+    def knows_base(self, name, fingerprint):
+        return True
+
+    def reads(self, name):
+        return True
+
+    def in_words(self):
+        return "forecast by nobody"
+
     def predict(self, values):
-        self.rows.append(values[0])
-        return Guess(*(np.array([v]) for v in (math.nan, math.nan, math.nan, math.nan, 2.0)))
+        self.rows += list(values)
+        each = (math.nan, math.nan, math.nan, math.nan, 2.0)
+        return Guess(*(np.full(len(values), v) for v in each))
 
 
 def test_a_fitted_predictor_is_asked(tmp_path, others, small_predictor, capsys):

@@ -505,6 +505,23 @@ def test_novelty_by_hand():
     assert away >= closest / found.edge_distance - 0.01
 
 
+def test_norms_count_though_no_model_reads_them():
+    values = np.full((200, len(COLUMNS)), np.nan)
+    values[:, COLUMNS.index("gradient_cosine")] = np.linspace(-1, 1, 200)
+    values[:, COLUMNS.index("own_relative_norm")] = np.linspace(-4, 0, 200)
+    found = fit_novelty(("gradient_cosine",), values, np.arange(200) % 10)
+    assert found.columns == ("gradient_cosine", "own_relative_norm")
+    longer = values[[100, 100]].copy()
+    longer[1, COLUMNS.index("own_relative_norm")] = 8.0
+    near, away = found.score(longer)
+    assert near < 1.0
+    # 8 above the largest (0.5 % off its end), in scales of the interquartile range
+    grid = values[:, COLUMNS.index("own_relative_norm")]
+    scale = (np.quantile(grid, 0.75) - np.quantile(grid, 0.25)) / 1.349
+    assert found.edge_beyond == 1.0
+    assert away >= (8.0 - np.quantile(grid, 0.995)) / scale - 0.01
+
+
 def test_too_few_rows_are_refused(rows):
     with pytest.raises(NotForecastable, match="5 learning rows are too few"):
         fit_tier(rows.pick(np.arange(5)), "model", candidates=FEW)

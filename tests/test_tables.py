@@ -309,7 +309,7 @@ def test_adapters_without_a_gain_have_no_retention():
 
 
 def test_own_features_hold_nothing_of_the_others():
-    assert {FEATURES[name].about for name in not_own()} == {"other", "pair", "set"}
+    assert {FEATURES[name].about for name in not_own()} == {"other", "pair"}
 
 
 def test_an_audit_beside_the_rows_is_a_baseline(bank, tmp_path):

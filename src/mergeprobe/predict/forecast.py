@@ -82,9 +82,9 @@ def forecast_probes(
     if asked is not None and not asked.knows_base(meta.get("base"), fingerprint):
         theirs, known = meta.get("base") or "unknown", ", ".join(asked.card["bases"])
         forecaster.passed = (
-            f"the learned predictor has seen adapters of {known} only and is not asked about base "
-            f"'{theirs}': forecasts come from {CLOSED_FORM}, uncalibrated; `mergeprobe fit` learns "
-            "from measured merges of your own"
+            f"the learned predictor knows adapters of {known} only, not of base '{theirs}': "
+            f"forecasts come from {CLOSED_FORM}, uncalibrated (`mergeprobe fit` learns from merges "
+            "of your own)"
         )
     elif asked is not None:
         rows = signal_rows(found, facts, quadratic, lengths)

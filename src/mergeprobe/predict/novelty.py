@@ -1,8 +1,8 @@
 """How far a row lies from everything that a predictor was fitted on.
 
 Three measures, each in units of what training rows of *other* families score, so that 1 is the
-edge: the share of features outside the training range, how far the one that lies farthest outside
-does, and the distance to the nearest training rows in robustly scaled features (median and
+edge: the share of features outside the training range, how far norms and ranks lie outside of
+theirs, and the distance to the nearest training rows in robustly scaled features (median and
 interquartile range). A missing feature counts as the median. Needs no torch.
 """
 
@@ -53,7 +53,7 @@ class Novelty:
         distance = _nearest(self._scaled(picked), self.references)
         measures = (
             _outside(picked, self.low, self.high) / self.edge_outside,
-            _beyond(picked, self.low, self.high, self.scale) / self.edge_beyond,
+            _beyond(self.columns, picked, self.low, self.high, self.scale) / self.edge_beyond,
             distance / self.edge_distance,
         )
         return np.max(measures, axis=0)
@@ -101,7 +101,7 @@ def fit_novelty(
             theirs = ~theirs
         ends = quantiles(picked[theirs], 0.005, 0.995)
         outside[mine] = _outside(picked[mine], *ends)
-        beyond[mine] = _beyond(picked[mine], ends[0], ends[1], scale)
+        beyond[mine] = _beyond(columns, picked[mine], ends[0], ends[1], scale)
         others = chosen[theirs[chosen]]
         distance[mine] = _nearest(rows[mine], rows[others if len(others) else chosen])
     return Novelty(
@@ -153,12 +153,13 @@ def _outside(picked: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarra
     return beyond.sum(1) / np.maximum(known.sum(1), 1)
 
 
-def _beyond(picked: np.ndarray, low: np.ndarray, high: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """How far the column that lies farthest outside of the range does, in scales."""
-    if not picked.shape[1]:
-        return np.zeros(len(picked))
-    far = np.maximum(low - picked, picked - high) / scale
-    return np.maximum(np.nan_to_num(far, nan=0.0).max(1), 0.0)
+def _beyond(
+    columns: Sequence[str], picked: np.ndarray, low: np.ndarray, high: np.ndarray, scale: np.ndarray
+) -> np.ndarray:
+    """How far the one of REGIME that lies farthest outside of its range does, in scales."""
+    mine = [place for place, name in enumerate(columns) if name in REGIME]
+    far = (np.maximum(low - picked, picked - high) / scale)[:, mine]
+    return np.nan_to_num(far, nan=0.0).max(1, initial=0.0)
 
 
 def _nearest(
