@@ -30,6 +30,7 @@ from mergeprobe.predict.weighing import WEIGHTED, weights_of, worth_asking
 PASSES_A_PAIR = 10  # below this a pair is left to the file tier
 LEARNED = "the learned predictor"
 CLOSED_FORM = "the surrogate and the early merge"
+BOTH = "the learned predictor and the set's own early merge"
 SET_MARGIN = 0.05  # sets that hold a pair this far below the floor are not measured
 
 
@@ -84,6 +85,9 @@ class Forecaster:
                 self.sources[key] = LEARNED
                 if len(others) == 1:
                     self.evidence[key] = self.learned.evidence(name, others[0], method)
+                elif (both := self._with_own_merge(found, name, others, method)) != found:
+                    self._known[key] = both
+                    self.sources[key] = BOTH
             elif len(others) == 1:
                 self._known[key] = self._pair(name, others[0], method)
             else:
@@ -131,19 +135,27 @@ class Forecaster:
     def _set(self, name: str, others: tuple[str, ...], method: str) -> Forecast:
         pairs = [self.forecast(name, (name, other), method) for other in others]
         combined = ridge.combine(pairs, len(others) + 1, method)
-        if self.tier != "model" or self._hopeless((name, *others), method):
-            return combined
-        assert self.model is not None
+        return self._with_own_merge(combined, name, others, method)
+
+    def _with_own_merge(
+        self, forecast: Forecast, name: str, others: tuple[str, ...], method: str
+    ) -> Forecast:
+        """A set's forecast from its pairs, averaged with its own extrapolated early merge: pairs
+        see what builds up, the set's merge what cancels, or clashes only together. As it is
+        without the model, and where a pair inside falls well below the floor already."""
+        if self.model is None or method not in WEIGHTED:
+            return forecast
+        if self._hopeless((name, *others), method):
+            return forecast
         self.progress(f"what {' + '.join(others)} do to {name}, merged by {method}")
         weights = self.weights((name, *others), method)
         try:
             early = clip(self.model.extrapolated_merge(name, weights))
         except NotForecastable:  # the budget is spent: the pairs have to do
-            return combined
+            return forecast
         self.evidence[name, others, method] = {"extrapolated_merge": early}
-        # the two see different things: pairs what builds up, the set's own merge what cancels
-        middle = (combined.retention + early) / 2
-        return around(middle, combined, abs(combined.retention - early) / 2)
+        middle = (forecast.retention + early) / 2
+        return around(middle, forecast, abs(forecast.retention - early) / 2)
 
     def _hopeless(self, group: Sequence[str], method: str) -> bool:
         """Whether some pair inside the group falls so far below the floor that the group will."""
@@ -283,6 +295,11 @@ class Forecaster:
                 f"{len(far)} of {len(self._known)} forecasts (of {', '.join(names)}) lie outside "
                 f"of what the learned predictor has seen: these come from {CLOSED_FORM}, "
                 "uncalibrated"
+            )
+        if any(self.source(*key) == BOTH for key in self._known):
+            said.append(
+                "forecasts of sets of three or more are averaged with the set's own early merge: "
+                "safer, and their intervals are rough"
             )
         if any(len(others) > 1 for _, others, _ in self._known) and not self._few:
             said.append(
