@@ -63,7 +63,9 @@ INTRO = (
     f"Partitions are restricted to measured sets; merges to {' and '.join(PLAN_METHODS)}. "
     "Retention is clipped to [−1, 1.2]; adapters whose own gain is not clear of its noise are left "
     "out of a cohort's mean and worst case. What is chosen by measured retention is chosen on one "
-    "half of the test items and scored on the other, both ways."
+    "half of the test items and scored on the other, both ways. Forecasts are the predictor's own; "
+    "in use, at the model tier, those of sets are averaged with the set's own early merge, which "
+    "these rows do not hold."
 )
 
 
