@@ -21,9 +21,11 @@ POINTS = (0.05, 0.1)
 class Bank:
     adapters: pl.DataFrame
     pairs: pl.DataFrame
+    sets: pl.DataFrame
     outcomes: pl.DataFrame
 
     def tables(self) -> dict[str, pl.DataFrame]:
+        """What learning_rows reads; it needs no rows of sets."""
         return {name: getattr(self, name) for name in ("adapters", "pairs", "outcomes")}
 
 
@@ -42,7 +44,7 @@ def bank(
     generator = np.random.default_rng(seed)
     fragility, force = generator.uniform(0.2, 1.0, families), generator.uniform(0.2, 1.0, families)
     clash = generator.uniform(0.0, 1.0, (families, families))
-    rows: dict[str, list[dict]] = {"adapters": [], "pairs": [], "outcomes": []}
+    rows: dict[str, list[dict]] = {"adapters": [], "pairs": [], "sets": [], "outcomes": []}
     chosen = [generator.permutation(families)[:members] for _ in range(cohorts)]
     named = [(f"c{k}", group) for k, group in enumerate(chosen)]
     named += [(f"c{k}again", chosen[k]) for k in range(repeats)]
@@ -87,6 +89,11 @@ def _cohort(rows, cohort, group, fragility, force, clash, noise, told, generator
     for members in groups:
         for i in members:
             total = sum(harm[i, j] for j in members if j != i)
+            if len(members) > 2:
+                for point in POINTS:
+                    label = {"cohort": cohort, "point": point, "adapter": i}
+                    signals = _signals(total, own[i], told, generator)
+                    rows["sets"].append({**label, "set": "+".join(members), **signals})
             for method, share in METHODS.items():
                 kept = 1.0 - share * total + generator.normal(0, noise)
                 rows["outcomes"].append(
