@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mergeprobe.compose import merge
+from mergeprobe.errors import NotForecastable
 from mergeprobe.predict import ridge
 from mergeprobe.predict.early import open_tier
 from mergeprobe.predict.features import COLUMNS
@@ -21,13 +22,17 @@ NAMES = ("more", "sums", "words")
 
 class Fixed:
     """Speaks a retention of 1 − 0.02 · others; calls sets `far`, or nothing. reads: what it says
-    to read of a row, by default everything."""
+    to read of a row, by default everything. unknown: a method that it has not seen."""
 
-    def __init__(self, far=(), reads=lambda name: True):
+    def __init__(self, far=(), reads=lambda name: True, unknown=None):
         self.far, self.reads, self.seen, self.calls = far, reads, [], 0
+        self.unknown = unknown
 
     def knows_base(self, name, fingerprint):
         return True
+
+    def knows_method(self, method):
+        return method != self.unknown
 
     def in_words(self):
         return "forecast by a test"
@@ -139,6 +144,15 @@ def test_a_rule_that_is_more_than_weights_is_merged_and_run(base, probes):  # no
     kept = tier.early_retention("sums", merge(both, "svc", rank=forecaster.rank(NAMES)).adapter)
     assert speaks.seen[-1]["early_retention"] == pytest.approx(score(kept), rel=1e-4)
     assert speaks.seen[-1]["method_svc"] == 1.0
+
+
+def test_a_method_without_rows_is_not_forecast(probes):  # noqa: F811
+    forecaster = forecast_probes(probes, predictor=Fixed(unknown="iso_c"))
+    with pytest.raises(NotForecastable, match="no forecast for the merge method 'iso_c'"):
+        forecaster.forecast("sums", ("sums", "words"), "iso_c")
+    forecaster = forecast_probes(probes, predictor=Fixed(unknown="mean"))  # one that needs no rows
+    plain = forecast_probes(probes, predictor="none").forecast("sums", ("sums", "words"), "mean")
+    assert forecaster.forecast("sums", ("sums", "words"), "mean") == plain
 
 
 def test_a_plan_asks_for_all_pairs_at_once(probes):  # noqa: F811

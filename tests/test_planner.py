@@ -396,7 +396,7 @@ def test_when_all_stay_alone_the_closest_pair_is_named():
         "a+c": [merged({"a": 0.95, "c": 0.897}, half_width=0.1)],
         "b+c": [merged({"b": 0.1, "c": 0.2})],
     }
-    plan = make_plan(info("a", "b", "c"), offer(table), tier="file", calibrated=True)
+    plan = make_plan(info("a", "b", "c"), offer(table), tier="file", calibrated=lambda group: True)
     assert [group.action for group in plan.groups] == ["route"] * 3
     # "0.90 below the floor 0.90" would read as a fault, so it says as many digits as it takes
     assert plan.reasons[3] == (

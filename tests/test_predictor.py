@@ -412,6 +412,13 @@ def test_damaged_predictors_are_refused(predictor, tmp_path):
     (folder / "model.json").write_text("{}")
     with pytest.raises(NotForecastable, match=r"model.json' is no predictor"):
         load_predictor(folder)
+    predictor.save(folder)
+    text = (folder / "model.json").read_text()
+    (folder / "model.json").write_text(text.replace('"top":', '"top":NaN,"was":', 1))
+    with pytest.raises(NotForecastable, match=r"model.json' cannot be .*NaN, expected finite"):
+        load_predictor(folder)
+    with pytest.raises(NotForecastable, match="expected a folder that `mergeprobe fit` wrote"):
+        load_predictor(folder / "model.json")
     (folder / "model.json").unlink()
     with pytest.raises(NotForecastable, match=r"model.json' does not exist"):
         load_predictor(folder)

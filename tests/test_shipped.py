@@ -62,7 +62,8 @@ def test_of_another_model_it_says_nothing(base, probes):  # noqa: F811
             ours = forecaster.forecast(one, (one, other), method)
             assert ours == plain.forecast(one, (one, other), method)
     (warning,) = forecaster.warnings()
-    assert "knows adapters of smollm2-135m-instruct-q4 only" in warning
+    assert "knows no adapters of base 'tiny'" in warning
+    assert "fitted so far: smollm2-135m-instruct-q4" in forecaster.missing[-1]
     plan = forecaster.plan(min_retention=0.0)
     assert warning in plan.reasons
     assert not plan.calibrated

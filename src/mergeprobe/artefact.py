@@ -119,8 +119,9 @@ def write_parquet(frame: Any, path: str | Path, *, force: bool = True) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def read_json(path: str | Path, error: type[MergeProbeError]) -> Any:
-    """The parsed file; `error` with one line if it is missing, empty or malformed."""
+def read_json(path: str | Path, error: type[MergeProbeError], *, finite: bool = False) -> Any:
+    """The parsed file; `error` with one line if it is missing, empty or malformed. finite: NaN and
+    infinities, which Python would read, are malformed too."""
     path = Path(path)
     try:
         text = path.read_text("utf-8")
@@ -129,11 +130,15 @@ def read_json(path: str | Path, error: type[MergeProbeError]) -> Any:
     except (OSError, UnicodeDecodeError) as problem:
         raise error(f"'{path}' cannot be read: {problem}") from None
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refused if finite else None)
     except json.JSONDecodeError as problem:
         raise error(f"'{path}' is not valid JSON (line {problem.lineno}: {problem.msg})") from None
     except (ValueError, RecursionError) as problem:  # absurd nesting, numbers of 5,000 digits
         raise error(f"'{path}' cannot be read as JSON: {problem}") from None
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"it holds {constant}, expected finite numbers")
 
 
 def check_schema(found: Any, newest: int, what: str, error: type[MergeProbeError]) -> None:

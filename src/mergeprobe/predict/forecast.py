@@ -82,10 +82,11 @@ def forecast_probes(
     if asked is not None and not asked.knows_base(meta.get("base"), fingerprint):
         theirs, known = meta.get("base") or "unknown", ", ".join(asked.card["bases"])
         forecaster.passed = (
-            f"the learned predictor knows adapters of {known} only, not of base '{theirs}': "
-            f"forecasts come from {CLOSED_FORM}, uncalibrated (`mergeprobe fit` learns from merges "
-            "of your own)"
+            f"the learned predictor knows no adapters of base '{theirs}': forecasts come from "
+            f"{CLOSED_FORM}, uncalibrated"
         )
+        more = f"measured merges on base '{theirs}' for `mergeprobe fit` (fitted so far: {known})"
+        forecaster.missing = (*missing, more)
     elif asked is not None:
         rows = signal_rows(found, facts, quadratic, lengths)
         forecaster.learned = Learned(asked, rows, forecaster.early)

@@ -12,7 +12,6 @@ import numpy as np
 import polars as pl
 
 from mergeprobe.capture.probe import Probe
-from mergeprobe.compose import merge
 from mergeprobe.errors import NotForecastable
 from mergeprobe.plan import Action, Forecast, Group, Plan
 from mergeprobe.predict import ridge, surrogate
@@ -23,7 +22,7 @@ from mergeprobe.predict.early import ModelTier
 from mergeprobe.predict.learned import Learned
 from mergeprobe.predict.options import Cost
 from mergeprobe.predict.planner import EXACT_UP_TO, AdapterInfo, make_plan
-from mergeprobe.predict.signal_rows import early_row
+from mergeprobe.predict.signal_rows import early_row, merged_retentions
 from mergeprobe.predict.trimming import trimmed
 from mergeprobe.predict.weighing import WEIGHTED, weights_of, worth_asking
 
@@ -120,9 +119,8 @@ class Forecaster:
             if self.learned.predictor.reads("joint_gradient_cosine"):
                 found["joint_gradient_cosine"] = self.model.joint_gradient_cosine(i, j)
             if method not in WEIGHTED and self.learned.predictor.reads("early_retention"):
-                both = [self.model.snapshots[name].update for name in sorted((i, j))]
-                merged = merge(both, method, rank=self.rank((i, j))).adapter
-                found[f"early_retention_{method}"] = self.model.early_retention(i, merged)
+                kept = merged_retentions(self.model, (i, j), method, self.rank((i, j)))
+                found[f"early_retention_{method}"] = kept[i]
         except NotForecastable:
             return {}
         return found
@@ -239,7 +237,7 @@ class Forecaster:
             tier=self.tier,
             base=first.get("base") or "",
             base_fingerprint=self.fingerprint,
-            calibrated=self.learned is not None,  # until the groups are known
+            calibrated=self._calibrated,
             missing=self.missing,
             **options,
         )
@@ -247,15 +245,14 @@ class Forecaster:
             self.progress("which ranks do")
             plan = trimmed(self, plan)
         said = self.warnings()
-        calibrated = self.learned is not None and all(map(self._calibrated, plan.groups))
         if self.learned is not None:
             said = (self.learned.predictor.in_words(), *said)
-        return plan.model_copy(update={"calibrated": calibrated, "reasons": (*plan.reasons, *said)})
+        return plan.model_copy(update={"reasons": (*plan.reasons, *said)})
 
     def _calibrated(self, group: Group) -> bool:
         """Whether what is forecast of a group of the plan came from the learned predictor."""
         if len(group.adapters) == 1:
-            return True
+            return self.learned is not None
         if group.action is not Action.merge or group.method is None:
             return False
         return all(

@@ -42,7 +42,8 @@ class Learned:
 
     def forecast(self, name: str, others: tuple[str, ...], method: str) -> Forecast | None:
         """Retention of `name` merged with `others`; None where the predictor should not be asked:
-        the row lies far from the bank, or lacks what even the lowest tier needs."""
+        it has seen no merge by this method, or the row lies far from the bank, or lacks what even
+        the lowest tier needs."""
         key = (name, others, method)
         if key not in self._said:
             self.ask([key])
@@ -50,7 +51,9 @@ class Learned:
 
     def ask(self, wanted: Iterable[Asked]) -> None:
         """Forecasts many at once, for `forecast` to hand out."""
-        fresh = [key for key in dict.fromkeys(wanted) if key not in self._said]
+        new = [key for key in dict.fromkeys(wanted) if key not in self._said]
+        fresh = [key for key in new if self.predictor.knows_method(key[2])]
+        self._said |= dict.fromkeys(set(new) - set(fresh))
         if not fresh:
             return
         names, others, methods = (list(column) for column in zip(*fresh, strict=True))

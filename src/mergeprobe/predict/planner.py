@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
@@ -61,7 +61,7 @@ def make_plan(
     tier: Literal["weights", "file", "model", "hand"],
     base: str = "",
     base_fingerprint: str | None = None,
-    calibrated: bool = False,
+    calibrated: Callable[[Group], bool] = lambda group: False,
     missing: Sequence[str] = (),
 ) -> Plan:
     """The cheapest partition whose worst forecast keeps the floor.
@@ -78,6 +78,7 @@ def make_plan(
     between equals their parameters; "parameters" counts these alone.
     together: names that must share a group, because one answer needs all of them. prompt_auc: how
     well two adapters' prompts separate, as a router measured it; needed for route_by="prompt".
+    calibrated: whether the forecasts of a group that was chosen are; the plan is where all are.
 
     Ties go to the partition whose lowest low end is highest, then to the higher sum of low ends:
     between two that are forecast to do, the one that is more certain to. Exact up to 10 adapters, a
@@ -107,17 +108,19 @@ def make_plan(
         reached=chosen.worst >= floor,
     )
     routed = _check_routing(chosen, prompt_auc) if route_by == "prompt" else ()
-    caution = () if calibrated else ("the forecasts are uncalibrated: read intervals as rough",)
+    groups = _written(setting, chosen)
+    sure = all(map(calibrated, groups))
+    caution = () if sure else ("the forecasts are uncalibrated: read intervals as rough",)
     return Plan(
         base=base,
         base_fingerprint=base_fingerprint,
         adapters=tuple(
             AdapterRef(name=a.name, path=a.path, weights_sha256=a.weights_sha256) for a in adapters
         ),
-        groups=_written(setting, chosen),
+        groups=groups,
         route=Route(by=route_by),
         tier=tier,
-        calibrated=calibrated,
+        calibrated=sure,
         confidence=confidence,
         cost=cost,
         min_retention=min_retention,

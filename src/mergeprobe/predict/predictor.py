@@ -70,6 +70,10 @@ class Predictor:
             return True
         return bool(name) and _plain(name or "") in map(_plain, self.card.get("bases", ()))
 
+    def knows_method(self, method: str) -> bool:
+        """Whether rows of this merge rule are among those that it was fitted on."""
+        return method in self.card.get("methods", ())
+
     def reads(self, name: str) -> bool:
         """Whether any tier's model reads this feature: what is not read need not be measured."""
         return any(name in tier.model.columns for tier in self.tiers.values())
@@ -144,14 +148,19 @@ class Predictor:
 def load_predictor(folder: str | Path) -> Predictor:
     """Reads what save wrote; NotForecastable with one line if it is damaged or too new."""
     folder = Path(folder)
-    card = read_json(folder / "card.json", NotForecastable)
+    try:
+        card = read_json(folder / "card.json", NotForecastable, finite=True)
+    except NotForecastable as problem:
+        raise NotForecastable(
+            f"{problem}; expected a folder that `mergeprobe fit` wrote, or '{WITHOUT}'"
+        ) from None
     if not isinstance(card, dict) or not isinstance(card.get("tiers"), list):
         raise NotForecastable(f"'{folder / 'card.json'}' is not the card of a predictor")
     check_schema(card.get("schema_version"), SCHEMA, f"'{folder}'", NotForecastable)
     tiers: dict[Tier, TierModel] = {}
     for tier in card["tiers"]:
         file = folder / f"{tier}.json"
-        value = read_json(file, NotForecastable)
+        value = read_json(file, NotForecastable, finite=True)
         try:
             tiers[tier] = tier_from_json(value)
         except (KeyError, TypeError, ValueError) as problem:

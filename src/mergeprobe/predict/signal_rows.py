@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from mergeprobe.compose import merge
 from mergeprobe.errors import NotForecastable
 from mergeprobe.predict import surrogate
 from mergeprobe.predict.weighing import WEIGHTED, weights_of
@@ -131,6 +132,15 @@ def early_row(
         weights = weights_of(method, norms)
         found[f"extrapolated_{method}"] = tier.extrapolated_merge(name, weights)
     return found
+
+
+def merged_retentions(
+    tier: ModelTier, names: Sequence[str], method: str, rank: int | None
+) -> dict[str, float]:
+    """Early retention of each of `names`, merged once for all: for rules that do more than weigh
+    whole updates."""
+    merged = merge([tier.snapshots[name].update for name in sorted(names)], method, rank=rank)
+    return {name: tier.early_retention(name, merged.adapter) for name in names}
 
 
 def _without(row: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -81,8 +81,6 @@ def again(of: CohortSpec, name: str, seed: int) -> CohortSpec:
     return of.model_copy(update={**lean, **changes})
 
 
-EARLIER = (0.025, *POINTS)
-
 # t1 and t2, the first ones
 _FULL: dict[str, Any] = {
     "points": POINTS,
@@ -92,6 +90,7 @@ _FULL: dict[str, Any] = {
     "set_sizes": SET_SIZES,
     "methods": FIRST_METHODS,
 }
+_FULL_AND_EARLIER: dict[str, Any] = {**_FULL, "points": (0.025, *POINTS)}
 # more triples and the whole set: what a plan may do, and what is done without one
 _HELD_OUT: dict[str, Any] = {
     "set_sizes": ((2, None), (3, 10), (5, 1), (6, None)),
@@ -122,8 +121,7 @@ _ALL = (
         ("sort_up", "sort_down", "sql", "molar_mass", "injection", "number_german"),
         seed=1,
         turn=0,
-        points=EARLIER,
-        **{key: value for key, value in _FULL.items() if key != "points"},
+        **_FULL_AND_EARLIER,
     ),
     _T2,
     cohort(

@@ -18,7 +18,7 @@ from mergeprobe.capture.probe import read_probe
 from mergeprobe.compose import merge
 from mergeprobe.errors import DataError
 from mergeprobe.predict.early import ModelTier, Snapshot, calibration_batch, open_tier, reach
-from mergeprobe.predict.signal_rows import early_row
+from mergeprobe.predict.signal_rows import early_row, merged_retentions
 from mergeprobe.predict.weighing import WEIGHTED
 
 
@@ -56,14 +56,13 @@ def write_pair(folder: CohortFolder, base: Base, pair: tuple[str, ...], point: f
     """Early retention of both of a pair under the rules whose merges take seconds, each merged
     once for both; and the cosine of their gradients at the joint point."""
     tier = _tier(folder, base, point, pair)
-    updates = [tier.snapshots[name].update for name in pair]
     retention: dict[str, dict[str, float]] = {name: {} for name in pair}
     for method in folder.spec.methods:
         if method in WEIGHTED:
             continue
-        merged = merge(updates, method, rank=folder.spec.rank_of(pair)).adapter
+        kept = merged_retentions(tier, pair, method, folder.spec.rank_of(pair))
         for name in pair:
-            retention[name][method] = tier.early_retention(name, merged)
+            retention[name][method] = kept[name]
     cosine = tier.joint_gradient_cosine(pair[0], pair[1])
     value = {"pair": list(pair), "point": point, "retention": retention, "cosine": cosine}
     write_json(folder.early_pair(pair[0], pair[1], point), value)

@@ -170,7 +170,7 @@ def planned(
         min_retention=floor,
         confidence=confidence,
         tier="hand",
-        calibrated=True,
+        calibrated=lambda group: True,
     )
 
 
