@@ -1,0 +1,167 @@
+"""What was tried to make the learned predictor better, on cohorts to learn from only.
+
+    python benchmarks/predictor_attempts.py
+
+Each cohort is forecast by the others, which share no family with it (one run an adapter; no SD or
+SE). Four tables: candidates, the points of training whose rows are learned from, the median or the
+mean of the predictive distribution, a set's forecast averaged with the set's own extrapolated
+merge; then the share of rows that novelty calls far, of the cohort left out and of the same rows
+with longer updates. Pairs unless it says sets; Spearman, the same within an adapter's partners, R²,
+MAE, AUC for ρ ≥ 0.8 (of sets Spearman, R², MAE, AUC and the mean of forecast − measured), under the
+mean / the sum. A minute or two on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from mergeprobe.predict.blend import clip
+from mergeprobe.predict.features import COLUMNS, Tier
+from mergeprobe.predict.learning import HIGHEST, LOWEST, Rows, read_rows
+from mergeprobe.predict.menus import CANDIDATES
+from mergeprobe.predict.models import fit_model
+from mergeprobe.predict.novelty import fit_novelty
+from mergeprobe.predict.refit import OURS
+from mergeprobe.predict.ridge import FLOOR, score
+from mergeprobe.predict.scores import METRICS, Tested
+from mergeprobe.predict.splits import unseen_cohorts
+from mergeprobe.predict.tier import Guess, fit_tier
+
+SHOWN = ("Spearman", "within partners", "R2", "MAE", "AUC")
+METHODS = ("mean", "sum")
+POINTS = (0.05, 0.1)
+Forecast = Callable[[Rows], np.ndarray]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=Path, default=OURS)
+    parser.add_argument("--cohorts", nargs="+", default=["t1", "t2", "t3"])
+    asked = parser.parse_args()
+    rows = read_rows(asked.rows, cohorts=asked.cohorts)
+    candidates(rows)
+    points(rows)
+    centres(rows)
+    sets(rows, own_merges(asked.rows, asked.cohorts))
+    novelty(rows)
+
+
+def candidates(rows: Rows) -> None:
+    print("\n## candidates, model tier")
+    single = [name for name, candidate in CANDIDATES.items() if candidate.kind != "mix"]
+    for name in (*single, "mix, wide", "mix of four"):
+        show(rows, name, left_out(rows, plain(name, "model")))
+
+
+def points(rows: Rows) -> None:
+    print("\n## learned from rows of these points, model tier")
+    for name in ("ridge, few", "ridge, core", "trees, few"):
+        for label, most in (("all", 1.0), ("up to 25 %", 0.3), ("up to 10 %", 0.15)):
+            found = left_out(rows, plain(name, "model"), rows.point <= most)
+            show(rows, f"{name}, {label}", found)
+
+
+def centres(rows: Rows) -> None:
+    print("\n## centre of the predictive distribution, learned from 5 and 10 %, model tier")
+    for name in ("ridge, few", "trees, few"):
+        for centre in ("median", "mean"):
+
+            def fit(train: Rows, name=name, centre=centre) -> Forecast:
+                model = fit_tier(train, "model", candidates={name: CANDIDATES[name]})
+                return lambda test: model.predict(test.values, centre).retention
+
+            early = rows.pick(rows.point < 0.15)
+            show(early, f"{name}, {centre}", left_out(early, fit))
+
+
+def sets(rows: Rows, own: dict[tuple, float]) -> None:
+    print("\n## sets of three and five at 5 %, model tier")
+    keys = zip(*(rows.table[c] for c in ("cohort", "i", "set", "method")), strict=True)
+    merged = np.array([clip(own.get(key, np.nan)) if key in own else np.nan for key in keys])
+    for name in ("ridge, few", "trees, all", "mix of four"):
+        found = left_out(rows, plain(name, "model"))
+        for label, kept in (("alone", found), ("averaged", (found + merged) / 2)):
+            cells = []
+            for method in METHODS:
+                mask = (rows.size > 2) & (rows.method == method) & np.isfinite(merged)
+                mask &= np.abs(rows.point - 0.05) < 1e-9
+                cells.append(f"{scored(rows, kept, mask, ('Spearman', 'R2', 'MAE', 'AUC'))}")
+                cells[-1] += f" {np.mean(kept[mask] - rows.target[mask]):+.2f}"
+            print(f"{name + ', ' + label:28s} " + " / ".join(cells))
+
+
+def novelty(rows: Rows) -> None:
+    print("\n## share called far of cohorts left out; with updates 10, 30, 100 times as long")
+    place = COLUMNS.index("own_relative_norm")
+    for tier in ("weights", "file", "model"):
+        goal = np.asarray(score(rows.target))
+        columns = fit_model("ridge, few", tier, rows.values, goal, rows.weight).columns
+        for fold in unseen_cohorts(rows):
+            known = fit_novelty(columns, rows.values[fold.train], rows.family[fold.train])
+            shares = []
+            for factor in (1, 10, 30, 100):
+                longer = rows.values[fold.test].copy()
+                longer[:, place] += np.log(factor)
+                shares.append(f"{(known.score(longer) > 1).mean():.2f}")
+            print(f"{tier:8s} {fold.name:4s} {' '.join(shares)}")
+
+
+def own_merges(folder: Path, cohorts: list[str]) -> dict[tuple, float]:
+    """(cohort, adapter, set, method) -> the set's own extrapolated merge at 5 % of training."""
+    found = {}
+    for cohort in cohorts:
+        table = pl.read_parquet(folder / cohort / "sets.parquet")
+        for row in table.filter((pl.col("point") - 0.05).abs() < 1e-9).to_dicts():
+            for method in METHODS:
+                kept = row.get(f"extrapolated_{method}")
+                if kept is not None:
+                    found[cohort, row["adapter"], row["set"], method] = kept
+    return found
+
+
+def plain(name: str, tier: Tier) -> Callable[[Rows], Forecast]:
+    def fit(train: Rows) -> Forecast:
+        goal = np.asarray(score(train.target))
+        model = fit_model(name, tier, train.values, goal, train.weight)
+        return lambda test: np.clip(1 + FLOOR - np.exp(-model.scores(test.values)), LOWEST, HIGHEST)
+
+    return fit
+
+
+def left_out(
+    rows: Rows, fit: Callable[[Rows], Forecast], among: np.ndarray | None = None
+) -> np.ndarray:
+    found = np.full(len(rows), np.nan)
+    for fold in unseen_cohorts(rows):
+        train = fold.train if among is None else fold.train & among
+        found[fold.test] = fit(rows.pick(train))(rows.pick(fold.test))
+    return found
+
+
+def show(rows: Rows, label: str, found: np.ndarray) -> None:
+    for point in POINTS:
+        cells = " / ".join(scored(rows, found, mask, SHOWN) for mask in slices(rows, point))
+        print(f"{label:28s} {point:4.0%}  {cells}")
+
+
+def slices(rows: Rows, point: float) -> Iterator[np.ndarray]:
+    for method in METHODS:
+        yield (rows.size == 2) & (rows.method == method) & (np.abs(rows.point - point) < 1e-9)
+
+
+def scored(rows: Rows, found: np.ndarray, mask: np.ndarray, names: tuple[str, ...]) -> str:
+    picked, nothing = rows.pick(mask), np.full(int(mask.sum()), np.nan)
+    guess = Guess(found[mask], nothing, nothing, found[mask], nothing)
+    tested = Tested(picked, guess, picked.cohort.astype(str))
+    return " ".join(f"{METRICS[n](tested, np.ones(len(picked))):5.2f}" for n in names)
+
+
+if __name__ == "__main__":
+    main()
