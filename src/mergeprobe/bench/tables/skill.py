@@ -26,6 +26,7 @@ from mergeprobe.bench.tables.page import (
     Part,
     Table,
     estimate,
+    listed,
     percent,
 )
 from mergeprobe.bench.tables.resample import Resampled, resampled
@@ -163,6 +164,9 @@ def scores_table(slices: Slices, point: float, method: str) -> Table | Needs:
     if AUDIT not in found:
         rows.append([AUDIT, NOT_RUN, *(DASH for _ in SCORED[1:])])
     caption = slices.caption(slices.rows_at(point, (method,)))
+    if slices.bank.audits is not None:
+        known = listed(sorted(slices.bank.audits["cohort"].unique().to_list()))
+        caption += f" The audit is known of {known}; elsewhere it counts as the method mean."
     return Table(title, caption, ("forecast", *SCORED), rows)
 
 
