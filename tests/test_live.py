@@ -334,7 +334,10 @@ def small_predictor(tmp_path_factory, others):
     target = 0.25 + 0.02 * draw.normal(size=len(rows))
     rows = replace(rows, values=values, target=target)
     few = {"ridge, few": CANDIDATES["ridge, few"]}
-    card = {"base_fingerprints": [probes[0].meta["base_fingerprint"]]}
+    card = {  # of the rows that were put in
+        "base_fingerprints": [probes[0].meta["base_fingerprint"]],
+        "methods": ["equal_norm_mean", "mean", "sum"],
+    }
     fit_predictor(rows, tiers=("file",), candidates=few, card=card).save(folder / "predictor")
     return folder / "predictor"
 
