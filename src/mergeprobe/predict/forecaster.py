@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import combinations, permutations, product
 from typing import Any
 
@@ -193,7 +193,7 @@ class Forecaster:
         return [
             AdapterInfo(
                 probe.name,
-                max(update.r for update in probe.updates.values()),
+                self._ranks[probe.name],
                 self.parameters([probe.name]),
                 path=str(probe.path) if probe.path and self.tier == "weights" else None,
             )
@@ -202,14 +202,28 @@ class Forecaster:
 
     def parameters(self, names: Sequence[str], rank: int | None = None) -> int:
         """Resident parameters of one adapter at a rank, by default the largest of `names`."""
-        mine = [probe for probe in self.probes if probe.name in names]
-        shapes = {m: u.shape for probe in mine for m, u in probe.updates.items()}
+        shapes: dict[str, tuple[int, int]] = {}
+        for each in {id(self._shapes[name]): self._shapes[name] for name in names}.values():
+            shapes |= each
         return resident_parameters(shapes, rank or self.rank(names))
 
     def rank(self, names: Sequence[str]) -> int:
         """The largest rank among `names`."""
-        mine = [probe for probe in self.probes if probe.name in names]
-        return max(update.r for probe in mine for update in probe.updates.values())
+        return max(self._ranks[name] for name in names)
+
+    @cached_property
+    def _ranks(self) -> dict[str, int]:
+        return {p.name: max(update.r for update in p.updates.values()) for p in self.probes}
+
+    @cached_property
+    def _shapes(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """By adapter, the shapes of its modules; adapters of the same modules share one."""
+        known: dict[tuple, dict[str, tuple[int, int]]] = {}
+        found = {}
+        for probe in self.probes:
+            shapes = {module: update.shape for module, update in probe.updates.items()}
+            found[probe.name] = known.setdefault(tuple(sorted(shapes.items())), shapes)
+        return found
 
     def plan(
         self,
@@ -224,7 +238,8 @@ class Forecaster:
         ranks that do (trimming.trimmed), unless keep_ranks."""
         self.floor, self.together = min_retention, tuple(map(tuple, together))
         self.by_rank = cost == "parameters" and self.model is not None and not keep_ranks
-        self.ask_pairs()  # first: sets may use the budget up
+        # pairs first: sets may use the budget up; a search among many combines all rules of them
+        self.ask_pairs(() if self._few or self.model is not None else WEIGHTED)
         if self.learned is not None and self._few:
             self.learned.ask(self._all_sets())
         first = self.probes[0].meta

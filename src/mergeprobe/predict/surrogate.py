@@ -66,6 +66,16 @@ class QuadraticModel:
             )
         return [self.names.index(name) for name in members]
 
+    def only(self, rows: Sequence[int]) -> QuadraticModel:
+        """Of these adapters and no others: what is asked of a few costs nothing for the rest."""
+        return QuadraticModel(
+            tuple(self.names[row] for row in rows),
+            self.linear[np.ix_(rows, rows)],
+            self.quadratic[np.ix_(rows, rows, rows)],
+            self.base_loss[rows],
+            self.loss[rows],
+        )
+
 
 def from_tables(
     quadratic: pl.DataFrame, linear: pl.DataFrame, adapters: pl.DataFrame
@@ -209,15 +219,15 @@ def set_retentions(
     weights: by name, or one for all: 1/T is the mean, 1 the sum.
     Raises NotForecastable naming the triples that are missing, or the adapter without own gain.
     """
-    rows = model.where(members)
-    vector = np.zeros(len(model.names))
-    for name, row in zip(members, rows, strict=True):
+    model, lengths = _among(model, members, lengths)
+    vector = np.zeros(len(members))
+    for row, name in enumerate(members):
         if isinstance(weights, Mapping) and name not in weights:
             raise NotForecastable(f"no weight for '{name}'; got {sorted(weights)}")
         vector[row] = weights[name] if isinstance(weights, Mapping) else weights
-    _check(model, rows, lengths)
+    _check(model, lengths)
     got = retentions(model, vector, lengths)
-    return {name: float(got[row]) for name, row in zip(members, rows, strict=True)}
+    return dict(zip(members, got.tolist(), strict=True))
 
 
 def reweight(
@@ -236,17 +246,16 @@ def reweight(
     """
     if objective not in ("worst", "mean"):
         raise NotForecastable(f"no objective '{objective}'; expected worst or mean")
-    rows = model.where(members)
-    _check(model, rows, lengths)
-    scale = np.ones(len(model.names)) if lengths is None else np.asarray(lengths, dtype=float)
+    model, lengths = _among(model, members, lengths)
+    _check(model, lengths)
+    count = len(members)
+    scale = np.ones(count) if lengths is None else np.asarray(lengths, dtype=float)
     # −ρ_i(w) = (½ wᵀH_i w + q_i·w + k_i): i's loss over its gain, in the members' weights
-    picked, gain = np.ix_(rows, rows, rows), _gains(model, lengths)[rows]
-    both = scale[rows][:, None] * scale[rows][None, :]
-    bend = model.quadratic[picked] * both / gain[:, None, None]
-    own = np.stack([model.quadratic[i, i, rows] for i in rows])
-    slope = (model.linear[np.ix_(rows, rows)] - own) * scale[rows] / gain[:, None]
-    still = np.zeros((1, len(model.names)))
-    level = (surrogate_losses(model, still)[0] - model.base_loss)[rows] / gain
+    gain = _gains(model, lengths)
+    bend = model.quadratic * (scale[:, None] * scale[None, :]) / gain[:, None, None]
+    own = np.stack([model.quadratic[i, i] for i in range(count)])
+    slope = (model.linear - own) * scale / gain[:, None]
+    level = (surrogate_losses(model, np.zeros((1, count)))[0] - model.base_loss) / gain
     if objective == "mean":
         bend, slope, level = (part.mean(0, keepdims=True) for part in (bend, slope, level))
     found = smallest_maximum(bend, slope, level, largest)
@@ -265,10 +274,17 @@ def _gains(
     return np.where(gain > 0, gain, np.nan)
 
 
-def _check(
-    model: QuadraticModel, rows: Sequence[int], lengths: Float[np.ndarray, " n"] | None
-) -> None:
-    """NotForecastable unless everything about the members is known and each gains by itself."""
+def _among(
+    model: QuadraticModel, members: Sequence[str], lengths: Float[np.ndarray, " n"] | None
+) -> tuple[QuadraticModel, Float[np.ndarray, " n"] | None]:
+    """The model and lengths of the members, in their order."""
+    rows = model.where(members)
+    return model.only(rows), None if lengths is None else np.asarray(lengths, dtype=float)[rows]
+
+
+def _check(model: QuadraticModel, lengths: Float[np.ndarray, " n"] | None) -> None:
+    """NotForecastable unless everything is known and each adapter gains by itself."""
+    rows = range(len(model.names))
     _refuse(model, rows, rows, rows)
     gain = _gains(model, lengths)
     for i in rows:
