@@ -202,9 +202,9 @@ def test_adding_adapters_measures_their_pairs_only(tmp_path, whole, monkeypatch)
     visited = []
     plain = sums._Work._tile
 
-    def counting(self, index, site):
-        visited.append(len(site.rows.span) * len(site.columns.span))
-        plain(self, index, site)
+    def counting(self, batch, site):
+        visited.append(len(batch) * len(site.rows.span) * len(site.columns.span))
+        plain(self, batch, site)
 
     monkeypatch.setattr(sums._Work, "_tile", counting)
     out = tmp_path / "all.parquet"

@@ -11,6 +11,7 @@ from mergeprobe.capture.probe import read_probe
 from mergeprobe.plan import Plan, write_plan
 from mergeprobe.predict.early import open_tier
 from mergeprobe.predict.forecast import forecast_probes
+from mergeprobe.signals import tables
 
 
 def forecast_and_plan(folder: RunFolder, base: Base, progress: Callable[[str], None]) -> Plan:
@@ -20,10 +21,14 @@ def forecast_and_plan(folder: RunFolder, base: Base, progress: Callable[[str], N
     tier = open_tier(
         base, probes, items=config.forecast_items, budget=config.budget, progress=progress
     )
-    forecaster = forecast_probes(probes, model=tier, floor=config.min_retention, progress=progress)
+    progress("signals of all pairs")
+    signals = tables(probes)
+    forecaster = forecast_probes(
+        probes, model=tier, floor=config.min_retention, signals=signals, progress=progress
+    )
     plan = forecaster.plan(min_retention=config.min_retention)
     write_parquet(forecaster.signal_rows(), folder.signals)
-    write_parquet(forecaster.tables["layers"], folder.layers)
+    write_parquet(signals["layers"], folder.layers)
     write_parquet(forecaster.forecast_rows(), folder.forecasts)
     write_plan(plan, folder.plan)
     return plan

@@ -6,8 +6,10 @@ probes' calibration items. Each tier yields a `Forecaster`, which the planner as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import polars as pl
 
 from mergeprobe.adapters.checkpoint import check_same_base
 from mergeprobe.capture.probe import Probe
@@ -15,11 +17,15 @@ from mergeprobe.errors import NotForecastable
 from mergeprobe.predict import surrogate
 from mergeprobe.predict.blend import Tier
 from mergeprobe.predict.early import ModelTier
+from mergeprobe.predict.features import FEATURES
 from mergeprobe.predict.forecaster import CLOSED_FORM, Forecaster
 from mergeprobe.predict.learned import Learned
 from mergeprobe.predict.predictor import Predictor, opened
 from mergeprobe.predict.signal_rows import final_norms, signal_rows
 from mergeprobe.signals import tables
+
+READ = frozenset(feature.column for feature in FEATURES.values() if feature.about == "pair")
+"""Columns that a forecast reads; those that are no signal of pairs come from elsewhere."""
 
 
 def forecast_probes(
@@ -28,6 +34,7 @@ def forecast_probes(
     model: ModelTier | None = None,
     predictor: Predictor | str | Path | None = None,
     floor: float = 0.9,
+    signals: Mapping[str, pl.DataFrame] | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Forecaster:
     """The best forecaster that the probes allow: model tier if given, else file, else weights.
@@ -36,6 +43,8 @@ def forecast_probes(
     folder; "none" for no predictor. It is asked first, about every pair and, of up to ten adapters,
     every set. Where its answer would be far from the rows that it was fitted on, the surrogate and
     the early merge answer as they do without it, and the forecaster's `warnings` say so.
+    signals: `mergeprobe.signals.tables` of these probes, where they have been made already; by
+    default only the columns that a forecast reads are.
 
     Raises AdapterMismatch if the probes are of different bases or share no module,
     NotForecastable if there are fewer than two.
@@ -48,7 +57,8 @@ def forecast_probes(
     asked = opened(predictor)
     fingerprint = check_same_base([probe.to_adapter() for probe in probes])
     progress("signals of all pairs")
-    found = tables(probes)
+    # sets are asked of the surrogate only to find weights, which the model tier then tries
+    found = dict(signals or tables(probes, only=READ, triples=model is not None))
     missing = _missing(probes, model)
     quadratic = lengths = None
     facts = surrogate.adapter_table(probes, found["adapters"])

@@ -9,10 +9,13 @@ Sums run over the modules where the measured adapter has moments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mergeprobe.capture.probe import Probe
 from mergeprobe.signals.panel import Panel, known_sum
 from mergeprobe.signals.site import Site, ratio
 from mergeprobe.signals.stack import Stack
@@ -24,7 +27,7 @@ SIDES = {"outputs": 0, "inputs": 2}  # which of U, σ, V a moment is on the side
 OWN = ("form", "moved", "even")
 
 # Fᵀ of every moment, zero-padded to one q, and the tails
-Factors = tuple[Float[Tensor, "b q size"], Float[Tensor, " b"]]
+Factors = tuple[Float[Tensor, "m b q size"], Float[Tensor, "m b"]]
 
 
 def products(site: Site) -> dict[str, Tensor]:
@@ -32,7 +35,7 @@ def products(site: Site) -> dict[str, Tensor]:
 
     NaN where b has no moments or does not adapt the module; an absent a contributes 0.
     """
-    shape = len(site.rows.span), len(site.columns.span)
+    shape = len(site.rows.modules), len(site.rows.span), len(site.columns.span)
     like = site.rows.scale
     out = {
         name: torch.full(shape, torch.nan, dtype=torch.float64, device=like.device)
@@ -40,68 +43,75 @@ def products(site: Site) -> dict[str, Tensor]:
     }
     a = torch.tensor(site.rows.places, dtype=torch.long)[:, None]
     if who := _with(site.columns, "inputs"):
-        out["data"][:, _places(site.columns, who)] = 0.0
-        found = _data(site.rows, site.columns, who)
-        out["data"][a, _places(site.columns, who)] = found
+        there = _places(site.columns, who)
+        out["data"][:, :, there] = 0.0
+        out["data"][:, a, there] = _data(site.rows, site.columns, who)
     if who := _with(site.columns, "inputs", "outputs"):
         there = _places(site.columns, who)
-        out["disturbance"][:, there] = out["cross"][:, there] = 0.0
+        out["disturbance"][:, :, there] = out["cross"][:, :, there] = 0.0
         forms = _disturbance(site, who)
-        out["disturbance"][a, there], out["cross"][a, there] = forms
+        out["disturbance"][:, a, there], out["cross"][:, a, there] = forms
     return out
 
 
 def own(stack: Stack) -> dict[str, Tensor]:
     """form: ⟨ΔW, F ΔW⟩ of the own moments; moved: tr(ΔW S ΔWᵀ); even: ‖ΔW‖² tr S / in."""
-    out = {name: torch.full_like(stack.each(stack.scale), torch.nan) for name in OWN}
+    out = {name: stack.nothing for name in OWN}
     if who := _with(stack, "inputs"):
-        there, sigma = _places(stack, who), stack.sigma[who]
+        there, sigma = _places(stack, who), stack.sigma[:, who]
         seen, tails = _own_seen(stack, "inputs", who)
-        length = seen.square().sum(1) + tails[:, None]
-        out["moved"][there] = (sigma.square() * length).sum(-1)
-        traces = [stack.probes[stack.where[w]].inputs[stack.module].trace for w in who]
-        even = torch.tensor(traces, dtype=torch.float64) / stack.right.shape[2]
-        out["even"][there] = stack.energy[who] * even.to(sigma)
+        length = seen.square().sum(2) + tails[..., None]
+        out["moved"][:, there] = (sigma.square() * length).sum(-1)
+        inputs = [stack.probes[stack.where[w]].inputs for w in who]
+        traces = [[each[module].trace for each in inputs] for module in stack.modules]
+        even = torch.tensor(traces, dtype=torch.float64) / stack.right.shape[3]
+        out["even"][:, there] = stack.energy[:, who] * even.to(sigma)
     if who := _with(stack, "inputs", "outputs"):
-        sigma = stack.sigma[who]
-        form = sigma[:, :, None] * sigma[:, None, :]
+        sigma = stack.sigma[:, who]
+        form = sigma[..., :, None] * sigma[..., None, :]
         for part in ("outputs", "inputs"):
             seen, tails = _own_seen(stack, part, who)
             same = torch.diag_embed((sigma > 0).double())
-            form = form * (seen.mT @ seen + tails[:, None, None] * same)
-        out["form"][_places(stack, who)] = form.sum((-1, -2))
+            form = form * (seen.mT @ seen + tails[..., None, None] * same)
+        out["form"][:, _places(stack, who)] = form.sum((-1, -2))
     return out
 
 
 def triples(stack: Stack) -> Float[Tensor, "n n n"]:
-    """[i, a, b] = ⟨ΔW_a, F_i ΔW_b⟩, NaN where i has no moments or no update here."""
+    """[i, a, b] = ⟨ΔW_a, F_i ΔW_b⟩ over the modules, NaN where i has no moments or no update."""
     n, present = len(stack.span), torch.tensor(stack.places)
     out = torch.full((n, n, n), torch.nan, dtype=torch.float64)
     if who := _with(stack, "inputs", "outputs"):
         there = torch.tensor(_places(stack, who))
         out[there] = 0.0
-        out[there[:, None, None], present[:, None], present] = _forms(stack, who).cpu()
+        out[there[:, None, None], present[:, None], present] = _forms(stack, who).sum(0).cpu()
     return out
 
 
-def set_products(stack: Stack) -> Float[Tensor, " span"]:
+def set_products(stack: Stack) -> Float[Tensor, "m span"]:
     """joint: ⟨T, F_i T⟩ with T the sum of the others' updates, for each member i; NaN where it
     was not measured."""
-    out = torch.full((len(stack.span),), torch.nan, dtype=torch.float64)
+    out = stack.nothing
     if who := _with(stack, "inputs", "outputs"):
-        others = torch.ones(len(who), len(stack.where), dtype=torch.float64)
+        others = torch.ones(len(who), len(stack.where)).to(out)
         others[torch.arange(len(who)), who] = 0.0
-        forms = _forms(stack, who).cpu()
-        out[_places(stack, who)] = torch.einsum("iab,ia,ib->i", forms, others, others)
+        forms = _forms(stack, who)
+        out[:, _places(stack, who)] = torch.einsum("miab,ia,ib->mi", forms, others, others)
     return out
+
+
+def parts_of(module: str, probes: Sequence[Probe]) -> tuple[tuple[bool, bool], ...]:
+    """Of every probe, whether it has moments of the module's inputs and outputs: the same for all
+    modules of a Stack."""
+    return tuple((module in probe.inputs, module in probe.outputs) for probe in probes)
 
 
 def _with(stack: Stack, *parts: str) -> list[int]:
-    """Which of `where` have these parts of the module."""
+    """Which of `where` have these parts of the modules."""
     return [
         place
         for place, i in enumerate(stack.where)
-        if all(stack.module in getattr(stack.probes[i], part) for part in parts)
+        if all(stack.modules[0] in getattr(stack.probes[i], part) for part in parts)
     ]
 
 
@@ -114,69 +124,74 @@ def _factors(stack: Stack, part: str, who: list[int]) -> Factors:
     """The moments of `who` (made once a stack for all of its probes)."""
     key = f"{part} {who}"
     if key not in stack.made:
-        moments = [getattr(stack.probes[stack.where[w]], part)[stack.module] for w in who]
-        q = max(moment.factor.shape[1] for moment in moments)
-        size = moments[0].factor.shape[0]
-        factors = torch.zeros(len(who), q, size, dtype=torch.float64)
-        for row, moment in enumerate(moments):
-            factors[row, : moment.factor.shape[1]] = moment.factor.detach().T
-        tails = torch.tensor([moment.tail for moment in moments], dtype=torch.float64)
+        held = [getattr(stack.probes[stack.where[w]], part) for w in who]
+        moments = [[each[module] for each in held] for module in stack.modules]
+        q = max(moment.factor.shape[1] for each in moments for moment in each)
+        size = moments[0][0].factor.shape[0]
+        factors = torch.zeros(len(moments), len(who), q, size, dtype=torch.float64)
+        for m, each in enumerate(moments):
+            for row, moment in enumerate(each):
+                factors[m, row, : moment.factor.shape[1]] = moment.factor.detach().T
+        numbers = [[moment.tail for moment in each] for each in moments]
+        tails = torch.tensor(numbers, dtype=torch.float64)
         stack.made[key] = factors.to(stack.scale.device), tails.to(stack.scale.device)
     return stack.made[key]
 
 
 def _seen(
-    factors: Float[Tensor, "b q size"], vectors: Float[Tensor, "r a size"]
-) -> Float[Tensor, "b q a r"]:
+    factors: Float[Tensor, "m b q size"], vectors: Float[Tensor, "m r a size"]
+) -> Float[Tensor, "m b q a r"]:
     """Every direction of every update through every moment."""
-    r, a, _ = vectors.shape
-    flat = factors.flatten(0, 1) @ vectors.flatten(0, 1).double().mT
-    return flat.reshape(*factors.shape[:2], r, a).transpose(2, 3)
+    flat = factors.flatten(1, 2) @ vectors.flatten(1, 2).double().mT
+    return flat.reshape(*factors.shape[:3], *vectors.shape[1:3]).transpose(3, 4)
 
 
 def _own_seen(
     stack: Stack, part: str, who: list[int]
-) -> tuple[Float[Tensor, "b q r"], Float[Tensor, " b"]]:
+) -> tuple[Float[Tensor, "m b q r"], Float[Tensor, "m b"]]:
     """Each one's own directions through its own moment."""
     factors, tails = _factors(stack, part, who)
-    vectors = stack.svd[SIDES[part]][:, who].double()
-    return torch.einsum("bqx,rbx->bqr", factors, vectors), tails
+    vectors = stack.svd[SIDES[part]][:, :, who].double()
+    return torch.einsum("mbqx,mrbx->mbqr", factors, vectors), tails
 
 
-def _data(rows: Stack, columns: Stack, who: list[int]) -> Float[Tensor, "a b"]:
+def _data(rows: Stack, columns: Stack, who: list[int]) -> Float[Tensor, "m a b"]:
     """tr(ΔW_a S_b ΔW_aᵀ) for a of the rows, b of `who`."""
     factors, tails = _factors(columns, "inputs", who)
-    length = _seen(factors, rows.svd[2]).square().sum(1) + tails[:, None, None]
-    return (rows.sigma.square() * length).sum(-1).T
+    length = _seen(factors, rows.svd[2]).square().sum(2) + tails[..., None, None]
+    return (rows.sigma.square()[:, None] * length).sum(-1).mT
 
 
-def _disturbance(site: Site, who: list[int]) -> tuple[Float[Tensor, "a b"], Float[Tensor, "a b"]]:
+def _disturbance(
+    site: Site, who: list[int]
+) -> tuple[Float[Tensor, "m a b"], Float[Tensor, "m a b"]]:
     """⟨ΔW_a, F_b ΔW_a⟩ and ⟨ΔW_b, F_b ΔW_a⟩ for a of the rows, b of `who`."""
     rows, columns = site.rows, site.columns
-    same = torch.diag_embed((rows.sigma > 0).double())
-    form = rows.sigma[:, :, None] * rows.sigma[:, None, :]
-    cross = site.joint[:, who].permute(1, 0, 3, 2)
+    same = torch.diag_embed((rows.sigma > 0).double())[:, None]
+    form = (rows.sigma[..., :, None] * rows.sigma[..., None, :])[:, None]
+    cross = site.joint[:, :, who].permute(0, 2, 1, 4, 3)
     for part, between in (("outputs", site.cross_left), ("inputs", site.cross_right)):
         ours, tails = _own_seen(columns, part, who)
-        tails = tails[:, None, None, None]
+        tails = tails[..., None, None, None]
         seen = _seen(_factors(columns, part, who)[0], rows.svd[SIDES[part]])
-        form = form * (torch.einsum("bqak,bqal->bakl", seen, seen) + tails * same)
-        even = between[:, who].permute(1, 0, 3, 2)
-        cross = cross * (torch.einsum("bqk,bqal->bakl", ours, seen) + tails * even)
-    return form.sum((-1, -2)).T, cross.sum((-1, -2)).T
+        form = form * (torch.einsum("mbqak,mbqal->mbakl", seen, seen) + tails * same)
+        even = between[:, :, who].permute(0, 2, 1, 4, 3)
+        cross = cross * (torch.einsum("mbqk,mbqal->mbakl", ours, seen) + tails * even)
+    return form.sum((-1, -2)).mT, cross.sum((-1, -2)).mT
 
 
-def _forms(stack: Stack, who: list[int]) -> Float[Tensor, "i c c"]:
+def _forms(stack: Stack, who: list[int]) -> Float[Tensor, "m i c c"]:
     """⟨ΔW_a, F_i ΔW_b⟩ = Σ_kl σ_ak σ_bl (U_aᵀD_iU_b)_kl (V_aᵀS_iV_b)_kl."""
-    count, r = stack.sigma.shape
-    sigma = stack.sigma.flatten()
-    found = sigma[:, None] * sigma[None, :]
+    modules, count, r = stack.sigma.shape
+    sigma = stack.sigma.flatten(1)
+    found = (sigma[:, :, None] * sigma[:, None, :])[:, None]
     for part, side in SIDES.items():
         factors, tails = _factors(stack, part, who)
-        flat = _seen(factors, stack.svd[side]).flatten(2)
-        vectors = stack.svd[side].transpose(0, 1).flatten(0, 1).double()
-        found = found * (flat.mT @ flat + tails[:, None, None] * (vectors @ vectors.mT))
-    return found.reshape(len(who), count, r, count, r).sum((2, 4))
+        flat = _seen(factors, stack.svd[side]).flatten(3)
+        vectors = stack.svd[side].transpose(1, 2).flatten(1, 2).double()
+        even = (vectors @ vectors.mT)[:, None]
+        found = found * (flat.mT @ flat + tails[..., None, None] * even)
+    return found.reshape(modules, len(who), count, r, count, r).sum((3, 5))
 
 
 def interference(panel: Panel, region: str) -> Float[Tensor, "a b"]:

@@ -32,7 +32,7 @@ def inner_products(site: Site) -> dict[str, Tensor]:
     pairs = "gram_base", "gram_snapshot", "velocity"
     if one is None or two is None:
         return dict.fromkeys(pairs, _none(site))
-    found = {name: one[name] @ two[name].T for name in pairs}
+    found = {name: one[name] @ two[name].mT for name in pairs}
     return {name: (v + v.mT) / 2 if site.diagonal else v for name, v in found.items()}
 
 
@@ -41,7 +41,7 @@ def transfers(site: Site) -> dict[str, Tensor]:
     one, two = _sketched(site.rows), _sketched(site.columns)
     if one is None or two is None:
         return dict.fromkeys(("linear_base", "linear_snapshot"), _none(site))
-    return {f"linear_{at}": one["update"] @ two[f"gram_{at}"].T for at in ("base", "snapshot")}
+    return {f"linear_{at}": one["update"] @ two[f"gram_{at}"].mT for at in ("base", "snapshot")}
 
 
 def own(stack: Stack) -> dict[str, Tensor]:
@@ -55,18 +55,17 @@ def own(stack: Stack) -> dict[str, Tensor]:
         "travelled": "velocity",
     }  # fmt: skip
     if found is None:
-        none = torch.full((len(stack.span),), torch.nan, dtype=torch.float64)
-        return dict.fromkeys(("grown", *names), none.to(stack.scale.device))
+        return dict.fromkeys(("grown", *names), stack.nothing)
     squares = {name: found[key].square().sum(-1) for name, key in names.items()}
     return squares | {"grown": (found["update"] + 0 * found["half"]).square().sum(-1)}
 
 
-def _none(site: Site) -> Float[Tensor, "rows columns"]:
-    shape = len(site.rows.span), len(site.columns.span)
+def _none(site: Site) -> Float[Tensor, "m rows columns"]:
+    shape = len(site.rows.modules), len(site.rows.span), len(site.columns.span)
     return torch.full(shape, torch.nan, dtype=torch.float64, device=site.rows.scale.device)
 
 
-def _sketched(stack: Stack) -> dict[str, Float[Tensor, "span kk"]] | None:
+def _sketched(stack: Stack) -> dict[str, Float[Tensor, "m span kk"]] | None:
     """Each probe's sketches as rows, NaN where it has none; None where nobody anywhere has one.
 
     Made once a stack: `stack.sketches`.
@@ -77,16 +76,16 @@ def _sketched(stack: Stack) -> dict[str, Float[Tensor, "span kk"]] | None:
 
 
 def _sketch_all(stack: Stack) -> dict[str, Tensor] | None:
-    size = _sketch_size(stack)
+    size = size_of(stack.modules[0], stack.probes)
     if size is None:
         return None
     device = stack.scale.device
     base, snapshot, half = (_sketches(stack, part, size).to(device) for part in PARTS)
-    update = torch.zeros(len(stack.span), size * size, dtype=torch.float64, device=device)
-    for row, i in zip(stack.places, stack.where, strict=True):
+    update = torch.zeros_like(base)
+    for m, row, module, probe in stack.cells("updates"):
         # as capture sketched the half-way update: in float32, so that the two subtract
-        change = sketch_update(stack.module, stack.probes[i].updates[stack.module], size)
-        update[row] = change.double().flatten()
+        change = sketch_update(module, probe.updates[module], size)
+        update[m, row] = change.double().flatten()
     return {
         "gram_base": base,
         "gram_snapshot": snapshot,
@@ -96,19 +95,19 @@ def _sketch_all(stack: Stack) -> dict[str, Tensor] | None:
     }
 
 
-def _sketch_size(stack: Stack) -> int | None:
+def size_of(module: str, probes: Sequence[Probe]) -> int | None:
     """The one k of all probes' sketches of this module; None where nobody has one."""
     first: tuple[Probe, tuple[int, ...]] | None = None
     for part in PARTS:
-        for probe in stack.probes:
+        for probe in probes:
             held = getattr(probe, part)
-            if stack.module not in held:
+            if module not in held:
                 continue
-            shape = shape_of(held, stack.module)
+            shape = shape_of(held, module)
             first = first or (probe, shape)
             if shape != first[1]:
                 raise ProbeError(
-                    f"sketches of '{stack.module}' are {first[1]} in '{first[0].name}' and {shape} "
+                    f"sketches of '{module}' are {first[1]} in '{first[0].name}' and {shape} "
                     f"in '{probe.name}'; record both probes with one sketch size"
                 )
     return first[1][0] if first else None
@@ -123,11 +122,12 @@ def sketch_size(probes: Sequence[Probe]) -> int | None:
     return None
 
 
-def _sketches(stack: Stack, part: str, size: int) -> Float[Tensor, "span kk"]:
+def _sketches(stack: Stack, part: str, size: int) -> Float[Tensor, "m span kk"]:
     """Each probe's sketch as a row; NaN where it has none."""
-    out = torch.full((len(stack.span), size * size), torch.nan, dtype=torch.float64)
-    for row in stack.rows(part):
-        out[row] = getattr(stack.probes[stack.span[row]], part)[stack.module].detach().flatten()
+    shape = len(stack.modules), len(stack.span), size * size
+    out = torch.full(shape, torch.nan, dtype=torch.float64)
+    for m, row, module, probe in stack.cells(part):
+        out[m, row] = getattr(probe, part)[module].detach().flatten()
     return out
 
 

@@ -82,10 +82,10 @@ def sketches(
         width = max(rank_of(probes[i].updates, module) for i in here)
         run = max(1, LARGEST_TILE // width)
         for start in range(0, len(here), run):
-            stack = Stack.of(module, probes, here[start : start + run], dtype=torch.float32)
+            stack = Stack.of([module], probes, here[start : start + run], dtype=torch.float32)
             values = _values(stack, size)
             for row, i in enumerate(stack.where):
-                found[i].append((module, values[row], stack.energy[row]))
+                found[i].append((module, values[row], stack.energy[0, row]))
     return [
         Sketch(
             probe.name,
@@ -113,12 +113,13 @@ def source_of(probe: Probe) -> str:
 
 
 def _values(stack: Stack, k: int) -> Float[Tensor, "p k"]:
+    """Of the one module of the stack."""
     left, right = (
-        values @ signs(stack.module, side, values.shape[2], k)
+        values[0] @ signs(stack.modules[0], side, values.shape[3], k)
         for values, side in ((stack.left, "out"), (stack.right, "in"))
     )
     found = (left * right).sum(0).double() / k**0.5
-    return ratio(found, stack.unit.sqrt()[:, None], 0.0).half()
+    return ratio(found, stack.unit[0].sqrt()[:, None], 0.0).half()
 
 
 @lru_cache(maxsize=2)

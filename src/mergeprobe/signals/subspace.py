@@ -47,26 +47,26 @@ def effective_rank(spectrum: Float[Tensor, "*g r"]) -> Float[Tensor, " *g"]:
     return torch.where(total[..., 0] > 0, torch.special.entr(share).sum(-1).exp(), 0.0)
 
 
-def _unit(stack: Stack) -> Float[Tensor, "p r"]:
+def _unit(stack: Stack) -> Float[Tensor, "m p r"]:
     """The singular values of each update scaled to norm 1."""
-    return ratio(stack.sigma, torch.linalg.vector_norm(stack.sigma, dim=1, keepdim=True), 0.0)
+    return ratio(stack.sigma, torch.linalg.vector_norm(stack.sigma, dim=-1, keepdim=True), 0.0)
 
 
-def _overlap(site: Site, cross: Float[Tensor, "a b r s"]) -> Float[Tensor, "a b"]:
+def _overlap(site: Site, cross: Float[Tensor, "m a b r s"]) -> Float[Tensor, "m a b"]:
     """Σ σ_ak² σ_bl² (x_akᵀx_bl)² / √(Σ σ_ak⁴ Σ σ_bl⁴): the cosine of ΔWΔWᵀ (or ΔWᵀΔW)."""
     one, two = _unit(site.rows).square(), _unit(site.columns).square()
-    shared = torch.einsum("ak,abkl,bl->ab", one, cross.square(), two)
-    own = one.square().sum(-1)[:, None] * two.square().sum(-1)[None, :]
+    shared = torch.einsum("mak,mabkl,mbl->mab", one, cross.square(), two)
+    own = one.square().sum(-1)[:, :, None] * two.square().sum(-1)[:, None, :]
     found = ratio(shared, own.sqrt(), 0.0).clamp(0.0, 1.0)
     return (found + found.mT) / 2 if site.diagonal else found
 
 
-def _principal(site: Site) -> tuple[Float[Tensor, "a b"], Float[Tensor, "a b"]]:
+def _principal(site: Site) -> tuple[Float[Tensor, "m a b"], Float[Tensor, "m a b"]]:
     """Largest principal cosine, and their mean over the smaller of the two ranks."""
     first, second = site.listed
-    cosines = torch.linalg.svdvals(site.cross_left[first, second]).clamp(0.0, 1.0)
+    cosines = torch.linalg.svdvals(site.cross_left[:, first, second]).clamp(0.0, 1.0)
     ranks = [(stack.sigma > 0).double().sum(-1) for stack in (site.rows, site.columns)]
-    smaller = torch.minimum(ranks[0][first], ranks[1][second])
+    smaller = torch.minimum(ranks[0][:, first], ranks[1][:, second])
     moved = (ranks[0] > 0).double()
     return (
         site.filled(cosines[..., 0], moved),
@@ -74,26 +74,26 @@ def _principal(site: Site) -> tuple[Float[Tensor, "a b"], Float[Tensor, "a b"]]:
     )
 
 
-def _union(site: Site) -> Float[Tensor, "a b"]:
+def _union(site: Site) -> Float[Tensor, "m a b"]:
     """Effective rank of [ΔW_a/‖ΔW_a‖, ΔW_b/‖ΔW_b‖] over the sum of the two."""
     first, second = site.listed
     one, two = _unit(site.rows), _unit(site.columns)
     single = [effective_rank(unit.square()) for unit in (one, two)]
-    cross = site.cross_left * (one[:, None, :, None] * two[None, :, None, :])
+    cross = site.cross_left * (one[:, :, None, :, None] * two[:, None, :, None, :])
     grams = site.side_by_side(torch.diag_embed(one.square()), cross, torch.diag_embed(two.square()))
     joint = effective_rank(torch.linalg.eigvalsh(grams))
-    apart = single[0][first] + single[1][second]
+    apart = single[0][:, first] + single[1][:, second]
     return site.filled(ratio(joint, apart), ratio(single[0], 2 * single[0]))
 
 
-def set_products(stack: Stack) -> Float[Tensor, ""]:
+def set_products(stack: Stack) -> Float[Tensor, " m"]:
     """set_union: effective rank of the members' stack over the sum of their ranks; NaN where
     nobody of them adapts the module."""
     unit = _unit(stack)
     single = effective_rank(unit.square())
-    weighed = stack.svd[0].double() * unit.mT[:, :, None]
-    flat = weighed.flatten(0, 1)
-    return ratio(effective_rank(torch.linalg.eigvalsh(flat @ flat.mT)), single.sum())
+    weighed = stack.svd[0].double() * unit.mT[..., None]
+    flat = weighed.flatten(1, 2)
+    return ratio(effective_rank(torch.linalg.eigvalsh(flat @ flat.mT)), single.sum(-1))
 
 
 def output_overlap(panel: Panel, region: str) -> Float[Tensor, "a b"]:

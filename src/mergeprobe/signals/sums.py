@@ -1,15 +1,16 @@
-"""measure: probes -> Panel, one module at a time, tile by tile of pairs.
+"""measure: probes -> Panel, a batch of modules at a time, tile by tile of pairs.
 
 Per module all factors are stacked; a tile of pairs is one matrix product a side, reduced at once
-to a few numbers a pair. With `rows` (the new adapters) and `columns` (all of them) only those
+to a few numbers a pair. Modules of one shape go together as long as their stacks are small: a few
+adapters' products are not worth a call each. With `rows` (the new adapters) and `columns` (all of them) only those
 pairs are visited, so adding one adapter to N costs N pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +18,16 @@ from torch import Tensor
 from mergeprobe.adapters.checkpoint import natural
 from mergeprobe.adapters.regions import kind_of, layer_of, third_of
 from mergeprobe.capture.probe import Probe
-from mergeprobe.signals import curvature, subspace, update
+from mergeprobe.signals import curvature, gradient, subspace, update
 from mergeprobe.signals.checks import check_probes, resolve
 from mergeprobe.signals.families import FAMILIES, PRECISIONS, Effort, Family, Pairs
-from mergeprobe.signals.files import rank_of
-from mergeprobe.signals.panel import Panel, Place
+from mergeprobe.signals.files import rank_of, shape_of
+from mergeprobe.signals.panel import Panel, Place, known_sum
 from mergeprobe.signals.site import Site
 from mergeprobe.signals.stack import Stack
-from mergeprobe.threads import one_thread
 
-FEW = 32  # probes: below, a second thread only slows thousands of small products
+BATCH = 128  # updates (a module of an adapter) and
+BATCH_COMPONENTS = 2048  # rank components that are stacked at a time, where one module has fewer
 
 
 def measure(
@@ -102,14 +103,15 @@ def _visit(works: Sequence[_Work], progress: Callable[[str], None] | None) -> No
     first = works[0]
     for work in works[1:]:
         work.each = first.each  # of single adapters: taken once
-    with one_thread() if len(first.probes) < FEW else nullcontext():
-        for index, module in enumerate(first.modules):
-            if progress is not None:
-                progress(f"module {index + 1} of {len(first.modules)}")
-            stacks = first.read(module)
-            first.alone(index, stacks)
-            for work in works:
-                work.module(index, stacks)
+    done = 0
+    for batch in first.batches():
+        done += len(batch)
+        if progress is not None:
+            progress(f"module {done} of {len(first.modules)}")
+        stacks = first.read(batch)
+        first.alone(batch, stacks)
+        for work in works:
+            work.pairs(batch, stacks)
 
 
 def places(modules: Sequence[str], probes: Sequence[Probe], *, layers: bool) -> tuple[Place, ...]:
@@ -155,32 +157,55 @@ class _Work:
         self.square = self.rows == self.columns == tuple(range(len(self.probes)))
         self.means = {name for family in self.families for name in family.weighted}
 
-    def alone(self, index: int, stacks: list[Stack]) -> None:
+    def batches(self) -> Iterator[list[int]]:
+        """All modules by index, those together that one Stack can hold: of one shape, adapted by
+        the same probes, which have the same parts of them."""
+        alike: dict[Any, list[int]] = {}
+        for index, module in enumerate(self.modules):
+            there = [probe for probe in self.probes if module in probe.updates]
+            of = tuple(module in probe.updates for probe in self.probes)
+            parts = curvature.parts_of(module, self.probes), gradient.size_of(module, self.probes)
+            kind = shape_of(there[0].updates, module), of, parts
+            alike.setdefault(kind, []).append(index)
+        for together in alike.values():
+            first = self.modules[together[0]]
+            components = sum(self._ranks([first]).values())
+            count = min(BATCH // len(self.probes), BATCH_COMPONENTS // components)
+            for start in range(0, len(together), max(1, count)):
+                yield together[start : start + max(1, count)]
+
+    def alone(self, batch: list[int], stacks: list[Stack]) -> None:
+        where = torch.tensor(batch)[:, None]
         for stack in stacks:
             parts = [update.own(stack)]
             parts += [own(stack) for family in self.families for own in family.own]
             for name, values in (item for part in parts for item in part.items()):
-                self._own(name)[index, list(stack.span)] = values.to("cpu")
+                self._own(name)[where, list(stack.span)] = values.to("cpu")
 
-    def module(self, index: int, stacks: list[Stack]) -> None:
+    def pairs(self, batch: list[int], stacks: list[Stack]) -> None:
         for one, first in enumerate(down := self._of(stacks, self.rows)):
             for two, second in enumerate(down if self.square else self._of(stacks, self.columns)):
                 if self.square and two < one:
                     continue
-                self._tile(index, Site(first, second))
+                self._tile(batch, Site(first, second))
         if self.sets and self.square:
-            self._sets(index, stacks)
+            self._sets(batch, stacks)
         if self.with_triples:
             found = curvature.triples(stacks[0].gathered(range(len(self.probes)), stacks[1:]))
             self.triples = _added(self.triples, found)
 
-    def read(self, module: str) -> list[Stack]:
-        """All probes at one module, in runs whose products are tiles of a good size."""
-        dtype = PRECISIONS[self.effort.precision]
-        ranks = {
-            i: rank_of(probe.updates, module) if module in probe.updates else 1
-            for i, probe in enumerate(self.probes)
+    def _ranks(self, modules: Sequence[str]) -> dict[int, int]:
+        """By probe, its largest rank in these modules; 1 where it has none."""
+        return {
+            i: max((rank_of(p.updates, m) for m in modules if m in p.updates), default=1)
+            for i, p in enumerate(self.probes)
         }
+
+    def read(self, batch: list[int]) -> list[Stack]:
+        """All probes at some modules, in runs whose products are tiles of a good size."""
+        dtype = PRECISIONS[self.effort.precision]
+        modules = [self.modules[index] for index in batch]
+        ranks = self._ranks(modules)
         side = self.effort.side(sum(ranks.values()))
         spans, width = [[]], 1
         for i in ranks:
@@ -190,7 +215,7 @@ class _Work:
             spans[-1].append(i)
             width = max(width, ranks[i])
         return [
-            Stack.of(module, self.probes, span, dtype=dtype, device=self.device) for span in spans
+            Stack.of(modules, self.probes, span, dtype=dtype, device=self.device) for span in spans
         ]
 
     def _of(self, stacks: list[Stack], chosen: tuple[int, ...]) -> list[Stack]:
@@ -205,31 +230,36 @@ class _Work:
             if part
         ]
 
-    def _tile(self, index: int, site: Site) -> None:
+    def _tile(self, batch: list[int], site: Site) -> None:
         both = _merged(site, [f for family in self.families for f in family.pairs])
         ordered = [f for family in self.families for f in family.ordered]
-        self._add(index, site, both | _merged(site, ordered))
+        self._add(batch, site, both | _merged(site, ordered))
         if self.square and not site.diagonal:
             back = site.swapped
             there = {name: values.mT for name, values in both.items()}
-            self._add(index, back, there | _merged(back, ordered))
+            self._add(batch, back, there | _merged(back, ordered))
 
-    def _add(self, index: int, site: Site, found: dict[str, Tensor]) -> None:
+    def _add(self, batch: list[int], site: Site, found: dict[str, Tensor]) -> None:
         here = self._where(site)
-        place = self.places.index(self.at[index])
         energies = [s.each(s.energy).nan_to_num() for s in (site.rows, site.columns)]
-        for name, values in found.items():
-            if name in self.means:
-                known = values.nan_to_num()
-                by_a, by_b = self._weighted(name)
-                by_a[(place, *here)] += known * energies[0][:, None]
-                if not self.square:  # else it is the transpose
-                    by_b[(place, *here)] += known * energies[1][None, :]
-            else:
-                held = self._pair(name)
-                held[(place, *here)] = _added(held[(place, *here)], values)
-        if self.wanted:
-            alone = self._alone(index, site, found)
+        for at in dict.fromkeys(self.at[index] for index in batch):
+            place = self.places.index(at)
+            inside = [row for row, index in enumerate(batch) if self.at[index] == at]
+            e_a, e_b = (energy[inside] for energy in energies)
+            for name, values in found.items():
+                values = values[inside]
+                if name in self.means:
+                    known = values.nan_to_num()
+                    by_a, by_b = self._weighted(name)
+                    by_a[(place, *here)] += (known * e_a[:, :, None]).sum(0)
+                    if not self.square:  # else it is the transpose
+                        by_b[(place, *here)] += (known * e_b[:, None, :]).sum(0)
+                else:
+                    held = self._pair(name)
+                    held[(place, *here)] = _added(held[(place, *here)], known_sum(values))
+        for row, index in enumerate(batch if self.wanted else ()):
+            of_one = {name: values[row] for name, values in found.items()}
+            alone = self._alone(index, site, of_one, [energy[row] for energy in energies])
             for name, signal in self.wanted.items():
                 held = self._largest(name)
                 held[here] = torch.fmax(held[here], signal(alone, "all"))
@@ -243,11 +273,12 @@ class _Work:
             ends.append(slice(start, start + len(span)))
         return tuple(ends)
 
-    def _alone(self, index: int, site: Site, found: dict[str, Tensor]) -> Panel:
+    def _alone(
+        self, index: int, site: Site, found: dict[str, Tensor], energies: list[Tensor]
+    ) -> Panel:
         """The tile as a panel of one module."""
         one = self.at[index : index + 1]
         n = len(self.probes)
-        energies = [s.each(s.energy).nan_to_num() for s in (site.rows, site.columns)]
         weighted = {
             name: (
                 (found[name].nan_to_num() * energies[0][:, None])[None],
@@ -267,7 +298,7 @@ class _Work:
             weighted,
         )
 
-    def _sets(self, index: int, stacks: list[Stack]) -> None:
+    def _sets(self, batch: list[int], stacks: list[Stack]) -> None:
         names = {family for family in FAMILIES if FAMILIES[family] in self.families}
         rows = [0]
         for members in self.sets:
@@ -277,10 +308,10 @@ class _Work:
             if "spectral" in names:
                 held = self._set("set_union", len(self.sets))
                 if stack.where:
-                    held[index, place] = subspace.set_products(stack).cpu()
+                    held[batch, place] = subspace.set_products(stack).cpu()
             if "curvature" in names:
                 held = self._set("joint", rows[-1])
-                held[index, rows[place] : rows[place + 1]] = curvature.set_products(stack)
+                held[batch, rows[place] : rows[place + 1]] = curvature.set_products(stack).cpu()
 
     def _own(self, name: str) -> Tensor:
         return self._made(self.each, name, (len(self.modules), len(self.probes)), "cpu")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mergeprobe.signals.panel import Panel, known_sum
@@ -20,7 +21,8 @@ EXACT_ROWS = 64  # taken at a time where all are looked at
 
 def own(stack: Stack) -> dict[str, Tensor]:
     """energy: ‖ΔW‖². weighed, weight: ‖ΔW‖² and ‖W‖² where ‖W‖ is known."""
-    norms = [stack.probes[i].weight_norms.get(stack.module, torch.nan) for i in stack.span]
+    known = [stack.probes[i].weight_norms for i in stack.span]
+    norms = [[each.get(module, torch.nan) for each in known] for module in stack.modules]
     weight = torch.tensor(norms, dtype=torch.float64, device=stack.energy.device).square()
     energy = stack.each(stack.energy)
     return {
@@ -32,7 +34,7 @@ def own(stack: Stack) -> dict[str, Tensor]:
 
 def own_spectrum(stack: Stack) -> dict[str, Tensor]:
     """stable: ‖ΔW‖²/σ1²."""
-    return {"stable": stack.each(ratio(stack.energy, stack.sigma[:, 0].square()))}
+    return {"stable": stack.each(ratio(stack.energy, stack.sigma[..., 0].square()))}
 
 
 def inner_products(site: Site) -> dict[str, Tensor]:
@@ -45,7 +47,7 @@ def spectral_norms(site: Site) -> dict[str, Tensor]:
     return {"spectral": site.pairs(_spectral(site), alone=1.0)}
 
 
-def _spectral(site: Site) -> Float[Tensor, "a b"]:
+def _spectral(site: Site) -> Float[Tensor, "m a b"]:
     """σ1(ΔW_a + ΔW_b) / max(σ1(ΔW_a), σ1(ΔW_b)); NaN where both are zero."""
     first, second = site.listed
     rows, columns = site.rows, site.columns
@@ -55,21 +57,21 @@ def _spectral(site: Site) -> Float[Tensor, "a b"]:
     shift = 1e-13 if rows.left.dtype == torch.float64 else 1e-6
     right = right + shift * torch.eye(right.shape[-1], dtype=right.dtype, device=right.device)
     root = torch.linalg.cholesky(right)
-    one, two = rows.sigma[:, 0], columns.sigma[:, 0]
+    one, two = rows.sigma[..., 0], columns.sigma[..., 0]
     # in units of the larger σ1, so that the squares stay in range
-    larger = torch.maximum(one[first], two[second])
+    larger = torch.maximum(one[:, first], two[:, second])
     unit = ratio(torch.ones_like(larger), larger, 0.0)
     left = site.side_by_side(
         torch.diag_embed(rows.sigma.square()),
         site.cross_left * site.joint,
         torch.diag_embed(columns.sigma.square()),
     )
-    left = left * unit.square()[:, None, None]
+    left = left * unit.square()[..., None, None]
     top = torch.linalg.eigvalsh(root.mT @ left @ root)[..., -1].clamp_min(0).sqrt()
     return site.filled(torch.where(larger == 0, torch.nan, top), ratio(2 * one, one))
 
 
-def _alone(stack: Stack) -> Float[Tensor, "p r r"]:
+def _alone(stack: Stack) -> Float[Tensor, "m p r r"]:
     """VᵀV of each: 1 for every direction that the update has."""
     return torch.diag_embed((stack.sigma > 0).double())
 
@@ -82,7 +84,7 @@ def sign_products(site: Site, rows: int | None = SIGN_ROWS) -> dict[str, Tensor]
     The rows are drawn by (module, height) alone: the same for every adapter and every call. The
     whole matrices are never formed: all rows are taken EXACT_ROWS at a time.
     """
-    height = site.rows.left.shape[2]
+    height = site.rows.left.shape[3]
     count = height if rows is None else min(max(2, rows), height)
     if count == height:
         product, total = _exact_sums(site)
@@ -90,11 +92,9 @@ def sign_products(site: Site, rows: int | None = SIGN_ROWS) -> dict[str, Tensor]
         nothing = torch.zeros_like(total)
         sums = total, conflict, nothing, nothing, nothing
     else:
-        seed = hashlib.sha256(f"sign rows|{site.rows.module}|{height}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "big") >> 1)
-        chosen = torch.randperm(height, generator=generator)[:count]
+        chosen = torch.stack([_drawn(module, height, count) for module in site.rows.modules])
         sums = _sampled_sums(site, chosen, height)
-    size = site.rows.scale[:, None] * site.columns.scale[None, :]
+    size = site.rows.scale[:, :, None] * site.columns.scale[:, None, :]
     powers = {"total": 1, "conflict": 1, "yy": 2, "xy": 2, "xx": 2}
     return {
         f"sign_{name}": site.pairs(value * size**power, alone=0.0)
@@ -102,24 +102,34 @@ def sign_products(site: Site, rows: int | None = SIGN_ROWS) -> dict[str, Tensor]
     }
 
 
-def _sampled_sums(site: Site, chosen: Tensor, height: int) -> tuple[Tensor, ...]:
+@lru_cache(maxsize=1024)
+def _drawn(module: str, height: int, count: int) -> Int[Tensor, " count"]:
+    seed = hashlib.sha256(f"sign rows|{module}|{height}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "big") >> 1)
+    return torch.randperm(height, generator=generator)[:count]
+
+
+def _sampled_sums(
+    site: Site, chosen: Int[Tensor, "m count"], height: int
+) -> tuple[Float[Tensor, "m a b"], ...]:
     """total, conflict and their sampling (co)variances yy, xy, xx, for scale 1."""
-    count = len(chosen)
+    count = chosen.shape[1]
     (one, large_one), (two, large_two) = (
         _sampled(stack, chosen) for stack in (site.rows, site.columns)
     )
     total = large_one @ large_two.mT
     conflict = (total - one @ two.mT).clamp_min_(0) / 2
-    sums = [values.sum(0, dtype=torch.float64) for values in (total, conflict)]
+    sums = [values.sum(1, dtype=torch.float64) for values in (total, conflict)]
     # sampling variance of the rows' sums, with the finite-population correction
     spread = height**2 * (1 - count / height) / (count * (count - 1))
-    x, y = total - (sums[0] / count).to(total), conflict - (sums[1] / count).to(total)
-    squares = [(v * w).sum(0, dtype=torch.float64) * spread for v, w in ((y, y), (y, x), (x, x))]
+    means = [(each / count).to(total)[:, None] for each in sums]
+    x, y = total - means[0], conflict - means[1]
+    squares = [(v * w).sum(1, dtype=torch.float64) * spread for v, w in ((y, y), (y, x), (x, x))]
     found = *(values * (height / count) for values in sums), *squares
     return tuple((v + v.mT) / 2 for v in found) if site.diagonal else found
 
 
-def _sampled(stack: Stack, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def _sampled(stack: Stack, chosen: Int[Tensor, "m count"]) -> tuple[Tensor, Tensor]:
     """The chosen rows of every update and their sizes, made once a stack."""
     if "sampled" not in stack.made:
         entries = _entries(stack, chosen)
@@ -127,17 +137,17 @@ def _sampled(stack: Stack, chosen: Tensor) -> tuple[Tensor, Tensor]:
     return stack.made["sampled"]
 
 
-def _exact_sums(site: Site) -> tuple[Float[Tensor, "a b"], Float[Tensor, "a b"]]:
+def _exact_sums(site: Site) -> tuple[Float[Tensor, "m a b"], Float[Tensor, "m a b"]]:
     """Σ ΔW_a ΔW_b and Σ |ΔW_a||ΔW_b| over all entries, for scale 1."""
-    height = site.rows.left.shape[2]
+    modules, height = len(site.rows.modules), site.rows.left.shape[3]
     product = total = torch.zeros(
-        len(site.rows.where), len(site.columns.where), dtype=torch.float64,
+        modules, len(site.rows.where), len(site.columns.where), dtype=torch.float64,
         device=site.rows.left.device,
     )  # fmt: skip
     for start in range(0, height, EXACT_ROWS):
-        some = torch.arange(start, min(start + EXACT_ROWS, height))
+        some = torch.arange(start, min(start + EXACT_ROWS, height)).expand(modules, -1)
         one, two = (
-            _entries(stack, some).permute(1, 0, 2).flatten(1) for stack in (site.rows, site.columns)
+            _entries(stack, some).transpose(1, 2).flatten(2) for stack in (site.rows, site.columns)
         )
         product = product + (one @ two.mT).double()
         total = total + (one.abs() @ two.abs().mT).double()
@@ -146,10 +156,11 @@ def _exact_sums(site: Site) -> tuple[Float[Tensor, "a b"], Float[Tensor, "a b"]]
     return product, total
 
 
-def _entries(stack: Stack, rows: Tensor) -> Float[Tensor, "rows p into"]:
+def _entries(stack: Stack, rows: Int[Tensor, "m rows"]) -> Float[Tensor, "m rows p into"]:
     """These rows of every update, for scale 1."""
-    left = stack.left[:, :, rows.to(stack.left.device)].permute(1, 2, 0)
-    return (left @ stack.right.permute(1, 0, 2)).permute(1, 0, 2).contiguous()
+    where = rows.to(stack.left.device)[:, None, None].expand(*stack.left.shape[:3], -1)
+    left = stack.left.gather(3, where).permute(0, 2, 3, 1)
+    return (left @ stack.right.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
 def frobenius_cosine(panel: Panel, region: str) -> Float[Tensor, "a b"]:
