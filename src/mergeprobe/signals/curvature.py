@@ -56,7 +56,7 @@ def products(site: Site) -> dict[str, Tensor]:
 
 def own(stack: Stack) -> dict[str, Tensor]:
     """form: ⟨ΔW, F ΔW⟩ of the own moments; moved: tr(ΔW S ΔWᵀ); even: ‖ΔW‖² tr S / in."""
-    out = {name: stack.nothing for name in OWN}
+    out = {name: stack.nothing() for name in OWN}
     if who := _with(stack, "inputs"):
         there, sigma = _places(stack, who), stack.sigma[:, who]
         seen, tails = _own_seen(stack, "inputs", who)
@@ -91,7 +91,7 @@ def triples(stack: Stack) -> Float[Tensor, "n n n"]:
 def set_products(stack: Stack) -> Float[Tensor, "m span"]:
     """joint: ⟨T, F_i T⟩ with T the sum of the others' updates, for each member i; NaN where it
     was not measured."""
-    out = stack.nothing
+    out = stack.nothing()
     if who := _with(stack, "inputs", "outputs"):
         others = torch.ones(len(who), len(stack.where)).to(out)
         others[torch.arange(len(who)), who] = 0.0

@@ -55,7 +55,7 @@ def own(stack: Stack) -> dict[str, Tensor]:
         "travelled": "velocity",
     }  # fmt: skip
     if found is None:
-        return dict.fromkeys(("grown", *names), stack.nothing)
+        return dict.fromkeys(("grown", *names), stack.nothing())
     squares = {name: found[key].square().sum(-1) for name, key in names.items()}
     return squares | {"grown": (found["update"] + 0 * found["half"]).square().sum(-1)}
 

@@ -154,11 +154,10 @@ class Stack:
 
     def each(self, values: Float[Tensor, "m p"]) -> Float[Tensor, "m span"]:
         """One value a probe of the span, NaN for those that do not adapt the modules."""
-        out = self.nothing
+        out = self.nothing()
         out[:, self.places] = values.double()
         return out
 
-    @property
     def nothing(self) -> Float[Tensor, "m span"]:
         """NaN for every probe of the span."""
         shape = len(self.modules), len(self.span)

@@ -2,8 +2,8 @@
 
 Per module all factors are stacked; a tile of pairs is one matrix product a side, reduced at once
 to a few numbers a pair. Modules of one shape go together as long as their stacks are small: a few
-adapters' products are not worth a call each. With `rows` (the new adapters) and `columns` (all of them) only those
-pairs are visited, so adding one adapter to N costs N pairs.
+adapters' products are not worth a call each. With `rows` (the new adapters) and `columns` (all of
+them) only those pairs are visited, so adding one adapter to N costs N pairs.
 """
 
 from __future__ import annotations
