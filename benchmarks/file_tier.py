@@ -4,27 +4,33 @@
     python benchmarks/file_tier.py runs/demo/probes
 
 The probes of a run are read once; more adapters are made of them by turning a random tenth of each
-update. Every count runs in a process of its own, so that its peak memory is its own: that of the
-process, and what forecasting added to it. Timed once the probes are in memory, as `mergeprobe plan`
-would after reading them; the parts are signals of all pairs with the surrogate, the predictor's
-forecasts of all pairs under every rule worth asking, and the search for a plan.
+update, and halving to doubling it; as in `mergeprobe plan`, more than 32 stay on disk. Every count
+runs in a process of its own, so that its peak memory is its own: that of the process, and what
+forecasting added to it. Timed once the probes are read and the libraries imported; the parts are
+signals of all pairs (beyond 32 adapters those within neighbourhoods) with the surrogate, the
+predictor's forecasts of these pairs under every rule worth asking, and the search for a plan.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from mergeprobe.capture.probe import Probe, read_probe
+from mergeprobe.capture.probe import Probe, read_probe, write_probe
 from mergeprobe.predict.forecast import forecast_probes
+from mergeprobe.predict.neighbourhoods import MANY
+from mergeprobe.signals import on_disk
 
 
 def main() -> None:
@@ -52,6 +58,18 @@ def main() -> None:
 
 def timed(folder: Path, count: int, predictor: str | None) -> dict[str, float]:
     probes = varied([read_probe(path) for path in sorted(folder.glob("*.safetensors"))], count)
+    if count <= MANY:
+        return _timed(list(probes), predictor)
+    with tempfile.TemporaryDirectory() as into:
+        stored = [
+            on_disk(read_probe(write_probe(probe, Path(into) / f"{row}.safetensors")))
+            for row, probe in enumerate(probes)
+        ]
+        return _timed(stored, predictor)
+
+
+def _timed(probes: list[Probe], predictor: str | None) -> dict[str, float]:
+    importlib.import_module("xgboost")
     before, start = peak(), time.perf_counter()
     forecaster = forecast_probes(probes, predictor=predictor)
     signals = time.perf_counter()
@@ -60,7 +78,7 @@ def timed(folder: Path, count: int, predictor: str | None) -> dict[str, float]:
     plan = forecaster.plan()
     end = time.perf_counter()
     return {
-        "adapters": count,
+        "adapters": len(probes),
         "signals, s": round(signals - start, 2),
         "pairs, s": round(pairs - signals, 2),
         "plan, s": round(end - pairs, 2),
@@ -81,19 +99,18 @@ def share(forecaster) -> float:
     return sum(made) / len(made)
 
 
-def varied(probes: list[Probe], count: int) -> list[Probe]:
-    made = []
+def varied(probes: list[Probe], count: int) -> Iterator[Probe]:
     for k in range(count):
         probe = probes[k % len(probes)]
         generator = torch.Generator().manual_seed(k)
-        updates = {m: turned(update, generator) for m, update in probe.updates.items()}
-        made.append(replace(probe, name=f"{probe.name}-{k:03}", updates=updates))
-    return made
+        size = 4.0 ** (float(torch.rand((), generator=generator)) - 0.5)
+        updates = {m: turned(update, generator, size) for m, update in probe.updates.items()}
+        yield replace(probe, name=f"{probe.name}-{k:03}", updates=updates)
 
 
-def turned(update, generator):
+def turned(update, generator, size: float):
     noise = torch.randn(update.B.shape, generator=generator) * update.B.std()
-    return replace(update, B=(0.9**0.5) * update.B + (0.1**0.5) * noise)
+    return replace(update, B=size * ((0.9**0.5) * update.B + (0.1**0.5) * noise))
 
 
 def peak() -> float:

@@ -40,6 +40,9 @@ class Forecaster:
     def __init__(self, kept, **options):
         self.model = Tier(kept, **options)
 
+    def of(self, name):
+        return self
+
     def rank(self, names):
         return 8
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from itertools import combinations, permutations
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +22,7 @@ from mergeprobe.cli.options import (
 from mergeprobe.cli.routing import Trained
 
 if TYPE_CHECKING:
-    from mergeprobe.predict.forecaster import Forecaster
+    from mergeprobe.predict.planning import Forecasts
 
 FORECAST = (
     "mergeprobe forecast probes/",
@@ -163,7 +163,9 @@ def plan(
         refuse_existing(out, force=force)
     with show.working("planning") as progress:
         joint = [names.split(",") for names in together or ()]
-        forecaster = _forecaster(sources, base, budget, items, predictor, progress, joint)
+        forecaster = _forecaster(
+            sources, base, budget, items, predictor, progress, joint, max_adapters
+        )
         made = forecaster.plan(
             min_retention=min_retention,
             max_adapters=max_adapters,
@@ -195,25 +197,34 @@ def _forecaster(
     predictor: str | None,
     progress: Callable[[str], None],
     together: Sequence[Sequence[str]] = (),
-) -> Forecaster:
+    max_adapters: int | None = None,
+) -> Forecasts:
     from mergeprobe.adapters.base import load_base
     from mergeprobe.cli.sources import read_sources
     from mergeprobe.predict.early import open_tier
     from mergeprobe.predict.forecast import forecast_probes
+    from mergeprobe.predict.neighbourhoods import MANY
     from mergeprobe.predict.planner import check_together
     from mergeprobe.predict.predictor import opened
 
     learned = opened(predictor) or "none"  # before what takes minutes
     loaded = load_base(base, notify=progress) if base is not None else None
-    probes = read_sources(sources, loaded)
+    probes = read_sources(sources, loaded, in_memory=MANY)
     check_together([probe.name for probe in probes], together)  # before what takes minutes
     tier = None
     if loaded is not None:
         tier = open_tier(loaded, probes, items=items, budget=budget, progress=progress)
-    return forecast_probes(probes, model=tier, predictor=learned, progress=progress)
+    return forecast_probes(
+        probes,
+        model=tier,
+        predictor=learned,
+        together=together,
+        max_adapters=max_adapters,
+        progress=progress,
+    )
 
 
-def _prompt_auc(forecaster: Forecaster, trained: bool) -> dict[tuple[str, str], float]:
+def _prompt_auc(forecaster: Forecasts, trained: bool) -> dict[tuple[str, str], float]:
     """How well each two adapters' calibration prompts separate, as a router would see them."""
     from mergeprobe.compose.router_file import router_from_probes
 
@@ -224,15 +235,15 @@ def _prompt_auc(forecaster: Forecaster, trained: bool) -> dict[tuple[str, str], 
     return {(router.names[a], router.names[b]): float(router.separation[a, b]) for a, b in pairs}
 
 
-def _described(forecaster: Forecaster) -> str:
+def _described(forecaster: Forecasts) -> str:
     """Which predictor speaks, in one line; "" without one."""
     return forecaster.learned.predictor.in_words() if forecaster.learned is not None else ""
 
 
-def _pairs(forecaster: Forecaster, method: str) -> list[dict[str, Any]]:
+def _pairs(forecaster: Forecasts, method: str) -> list[dict[str, Any]]:
     rows = []
     forecaster.ask_pairs([method])
-    for name, other in permutations([probe.name for probe in forecaster.probes], 2):
+    for name, other in forecaster.pairs():
         found = forecaster.forecast(name, (name, other), method)
         row = {"adapter": name, "with": other, "forecast": found.retention}
         row |= {"low": found.low, "high": found.high}

@@ -14,15 +14,22 @@ if TYPE_CHECKING:
     from mergeprobe.capture.probe import Probe
 
 
-def read_sources(arguments: Sequence[Path], base: Any = None) -> list[Probe]:
+def read_sources(
+    arguments: Sequence[Path], base: Any = None, *, in_memory: int | None = None
+) -> list[Probe]:
     """Probes as they are, adapters as probes that have their update only.
 
     base: what `read_adapter` takes, for adapters whose update depends on it; loaded once.
+    in_memory: where there are more than so many, tensors stay on disk until they are needed.
     """
     from mergeprobe.capture.probe import read_source
+    from mergeprobe.signals import on_disk
 
     known = opened(base)
-    return [read_source(path, known) for path in expand(arguments)]
+    paths = expand(arguments)
+    if in_memory is None or len(paths) <= in_memory:
+        return [read_source(path, known) for path in paths]
+    return [on_disk(read_source(path, known)) for path in paths]
 
 
 def read_adapters(

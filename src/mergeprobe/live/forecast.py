@@ -13,7 +13,7 @@ from mergeprobe.plan import Action, Forecast, Group
 
 if TYPE_CHECKING:  # only a run with against= loads the forecaster
     from mergeprobe.predict.early import ModelTier
-    from mergeprobe.predict.forecaster import Forecaster
+    from mergeprobe.predict.planning import Forecasts
     from mergeprobe.predict.predictor import Predictor
 
 SHOWN = 3
@@ -124,7 +124,11 @@ def forecast_run(
         if left_out and not others:
             raise NotForecastable(next(iter(left_out.values())))
         forecaster = forecast_probes(
-            [probe, *others], model=model, predictor=predictor, floor=min_retention
+            [probe, *others],
+            model=model,
+            predictor=predictor,
+            floor=min_retention,
+            all_pairs=True,
         )
         pairs, failed = _pairs(forecaster, probe.name, [other.name for other in others])
         left_out |= failed
@@ -145,7 +149,7 @@ def forecast_run(
 
 
 def _pairs(
-    forecaster: Forecaster, mine: str, others: Sequence[str]
+    forecaster: Forecasts, mine: str, others: Sequence[str]
 ) -> tuple[list[PairForecast], dict[str, str]]:
     """Each pair under its better rule, and why for those that cannot be forecast."""
     pairs, failed = [], {}

@@ -18,8 +18,16 @@ from mergeprobe.predict import surrogate
 from mergeprobe.predict.blend import Tier
 from mergeprobe.predict.early import ModelTier
 from mergeprobe.predict.features import FEATURES
-from mergeprobe.predict.forecaster import CLOSED_FORM, Forecaster
+from mergeprobe.predict.forecaster import Forecaster
 from mergeprobe.predict.learned import Learned
+from mergeprobe.predict.neighbourhoods import (
+    MANY,
+    SIZE,
+    Neighbourhoods,
+    neighbourhoods,
+    update_norms,
+)
+from mergeprobe.predict.planning import CLOSED_FORM, Forecasts
 from mergeprobe.predict.predictor import Predictor, opened
 from mergeprobe.predict.signal_rows import final_norms, signal_rows
 from mergeprobe.signals import tables
@@ -35,8 +43,11 @@ def forecast_probes(
     predictor: Predictor | str | Path | None = None,
     floor: float = 0.9,
     signals: Mapping[str, pl.DataFrame] | None = None,
+    all_pairs: bool = False,
+    together: Sequence[Sequence[str]] = (),
+    max_adapters: int | None = None,
     progress: Callable[[str], None] = lambda message: None,
-) -> Forecaster:
+) -> Forecasts:
     """The best forecaster that the probes allow: model tier if given, else file, else weights.
 
     predictor: by default the one that comes with mergeprobe; one from `mergeprobe fit`, or its
@@ -45,6 +56,9 @@ def forecast_probes(
     the early merge answer as they do without it, and the forecaster's `warnings` say so.
     signals: `mergeprobe.signals.tables` of these probes, where they have been made already; by
     default only the columns that a forecast reads are.
+    all_pairs: measure every pair, of however many probes. By default more than MANY are cut into
+    neighbourhoods, whose pairs alone are measured; together, max_adapters: what the plan will be
+    asked for, so that it can be had within them.
 
     Raises AdapterMismatch if the probes are of different bases or share no module,
     NotForecastable if there are fewer than two.
@@ -55,6 +69,30 @@ def forecast_probes(
             "one alone is simply deployed"
         )
     asked = opened(predictor)
+    if len(probes) <= MANY or signals is not None or all_pairs:
+        return _forecaster(probes, model, asked, floor, signals, progress)
+    check_same_base([probe.to_adapter() for probe in probes])
+    by_name = {probe.name: probe for probe in probes}
+    size = max(SIZE, -(-len(probes) // (max_adapters or len(probes))))
+    sets = neighbourhoods(update_norms(probes), together, size)
+    each = []
+    for number, names in enumerate(sets):
+
+        def said(message: str, number: int = number) -> None:
+            progress(f"neighbourhood {number + 1} of {len(sets)}: {message}")
+
+        each.append(_forecaster([by_name[n] for n in names], model, asked, floor, None, said))
+    return Neighbourhoods(tuple(each), tuple(probes), progress)
+
+
+def _forecaster(
+    probes: Sequence[Probe],
+    model: ModelTier | None,
+    asked: Predictor | None,
+    floor: float,
+    signals: Mapping[str, pl.DataFrame] | None,
+    progress: Callable[[str], None],
+) -> Forecaster:
     fingerprint = check_same_base([probe.to_adapter() for probe in probes])
     progress("signals of all pairs")
     # sets are asked of the surrogate only to find weights, which the model tier then tries

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import combinations, permutations, product
 from typing import Any
 
@@ -13,28 +13,24 @@ import polars as pl
 
 from mergeprobe.capture.probe import Probe
 from mergeprobe.errors import NotForecastable
-from mergeprobe.plan import Action, Forecast, Group, Plan
+from mergeprobe.plan import Action, Forecast, Group
 from mergeprobe.predict import ridge, surrogate
 from mergeprobe.predict.blend import Tier, around, blend, clip
 from mergeprobe.predict.candidates import KEPT, candidates
 from mergeprobe.predict.costs import resident_parameters
 from mergeprobe.predict.early import ModelTier
 from mergeprobe.predict.learned import Learned
-from mergeprobe.predict.options import Cost
-from mergeprobe.predict.planner import EXACT_UP_TO, AdapterInfo, make_plan
+from mergeprobe.predict.planner import EXACT_UP_TO, AdapterInfo
+from mergeprobe.predict.planning import BOTH, CLOSED_FORM, LEARNED, Forecasts, Key
 from mergeprobe.predict.signal_rows import early_row, merged_retentions
-from mergeprobe.predict.trimming import trimmed
 from mergeprobe.predict.weighing import WEIGHTED, weights_of, worth_asking
 
 PASSES_A_PAIR = 10  # below this a pair is left to the file tier
-LEARNED = "the learned predictor"
-CLOSED_FORM = "the surrogate and the early merge"
-BOTH = "the learned predictor and the set's own early merge"
 SET_MARGIN = 0.05  # sets that hold a pair this far below the floor are not measured
 
 
-@dataclass
-class Forecaster:
+@dataclass(eq=False)
+class Forecaster(Forecasts):
     """One tier's forecasts of a list of adapters.
 
     evidence: (adapter, others, method) -> what the forecast was made from, by part. sources: by
@@ -42,6 +38,7 @@ class Forecaster:
     missing: what would make the forecasts better, in words. norms: ‖ΔW‖ at the end of training.
     passed: why the learned predictor is not asked, where one was given.
     floor, together, by_rank (whether single adapters are offered at smaller ranks): of the plan.
+    known: the forecasts that were asked for.
     """
 
     tier: Tier
@@ -59,19 +56,18 @@ class Forecaster:
     learned: Learned | None = None
     passed: str = ""
     progress: Callable[[str], None] = lambda message: None
-    evidence: dict[tuple[str, tuple[str, ...], str], dict[str, float]] = field(default_factory=dict)
-    sources: dict[tuple[str, tuple[str, ...], str], str] = field(default_factory=dict)
-    _known: dict[tuple[str, tuple[str, ...], str], Forecast] = field(default_factory=dict)
+    evidence: dict[Key, dict[str, float]] = field(default_factory=dict)
+    sources: dict[Key, str] = field(default_factory=dict)
+    known: dict[Key, Forecast] = field(default_factory=dict)
 
     def forecast(self, name: str, group: Sequence[str], method: str) -> Forecast:
-        """Retention of `name` when `group` (itself included) is merged by `method`."""
         others = tuple(other for other in sorted(group) if other != name)
         if not others:
             return KEPT
         key = (name, others, method)
-        if key not in self._known:
+        if key not in self.known:
             found = None
-            if self.learned is not None and (len(others) == 1 or self._few):
+            if self.learned is not None and (len(others) == 1 or self.few):
                 found = self.learned.forecast(name, others, method)
             if found is None and method not in WEIGHTED:
                 raise NotForecastable(
@@ -80,30 +76,24 @@ class Forecaster:
                 )
             if found is not None:
                 assert self.learned is not None
-                self._known[key] = found
+                self.known[key] = found
                 self.sources[key] = LEARNED
                 if len(others) == 1:
                     self.evidence[key] = self.learned.evidence(name, others[0], method)
                 elif (both := self._with_own_merge(found, name, others, method)) != found:
-                    self._known[key] = both
+                    self.known[key] = both
                     self.sources[key] = BOTH
             elif len(others) == 1:
-                self._known[key] = self._pair(name, others[0], method)
+                self.known[key] = self._pair(name, others[0], method)
             else:
-                self._known[key] = self._set(name, others, method)
-        return self._known[key]
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether every forecast so far came from the learned predictor."""
-        return bool(self._known) and all(self.source(*key) == LEARNED for key in self._known)
+                self.known[key] = self._set(name, others, method)
+        return self.known[key]
 
     def source(self, name: str, others: tuple[str, ...], method: str) -> str:
-        """What a forecast was made by."""
         return self.sources.get((name, others, method), CLOSED_FORM)
 
     @property
-    def _few(self) -> bool:
+    def few(self) -> bool:
         """Whether sets are asked about one by one; in a search among many, pairs are combined."""
         return len(self.probes) <= EXACT_UP_TO
 
@@ -186,7 +176,6 @@ class Forecaster:
         return weights_of(method, {name: self.norms[name] for name in group})
 
     def methods(self, group: Sequence[str]) -> tuple[str, ...]:
-        """The merge rules that are worth a forecast for this group."""
         return worth_asking({name: self.norms[name] for name in group})
 
     def infos(self) -> list[AdapterInfo]:
@@ -225,46 +214,19 @@ class Forecaster:
             found[probe.name] = known.setdefault(tuple(sorted(shapes.items())), shapes)
         return found
 
-    def plan(
-        self,
-        *,
-        min_retention: float = 0.9,
-        keep_ranks: bool = False,
-        cost: Cost = "adapters",
-        together: Sequence[Sequence[str]] = (),
-        **options: Any,
-    ) -> Plan:
-        """The cheapest partition above the floor; see planner.make_plan. Its groups are cut to the
-        ranks that do (trimming.trimmed), unless keep_ranks."""
+    def ready(self, min_retention: float, together: Sequence[Sequence[str]], by_rank: bool) -> None:
         self.floor, self.together = min_retention, tuple(map(tuple, together))
-        self.by_rank = cost == "parameters" and self.model is not None and not keep_ranks
+        self.by_rank = by_rank
         # pairs first: sets may use the budget up; a search among many combines all rules of them
-        self.ask_pairs(() if self._few or self.model is not None else WEIGHTED)
-        if self.learned is not None and self._few:
+        self.ask_pairs(() if self.few or self.model is not None else WEIGHTED)
+        if self.learned is not None and self.few:
             self.learned.ask(self._all_sets())
-        first = self.probes[0].meta
-        plan = make_plan(
-            self.infos(),
-            partial(candidates, self),
-            min_retention=min_retention,
-            cost=cost,
-            together=together,
-            tier=self.tier,
-            base=first.get("base") or "",
-            base_fingerprint=self.fingerprint,
-            calibrated=self._calibrated,
-            missing=self.missing,
-            **options,
-        )
-        if not keep_ranks:
-            self.progress("which ranks do")
-            plan = trimmed(self, plan)
-        said = self.warnings()
-        if self.learned is not None:
-            said = (self.learned.predictor.in_words(), *said)
-        return plan.model_copy(update={"reasons": (*plan.reasons, *said)})
 
-    def _calibrated(self, group: Group) -> bool:
+    def candidates(self, names: tuple[str, ...]) -> list[Group]:
+        """What could be done with a group."""
+        return candidates(self, names)
+
+    def is_calibrated(self, group: Group) -> bool:
         """Whether what is forecast of a group of the plan came from the learned predictor."""
         if len(group.adapters) == 1:
             return self.learned is not None
@@ -275,12 +237,20 @@ class Forecaster:
             for n in group.adapters
         )
 
+    @property
+    def each(self) -> tuple[Forecaster, ...]:
+        return (self,)
+
+    def of(self, name: str) -> Forecaster:
+        return self
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        return permutations([probe.name for probe in self.probes], 2)
+
     def ask_pairs(self, methods: Sequence[str] = ()) -> None:
-        """Forecasts every ordered pair under these rules (all that are worth asking)."""
-        names = [probe.name for probe in self.probes]
         wanted = [
             (one, other, method)
-            for one, other in permutations(names, 2)
+            for one, other in self.pairs()
             for method in methods or self.methods((one, other))
         ]
         if self.learned is not None:
@@ -296,38 +266,13 @@ class Forecaster:
                 for method, name in product(self.methods(group), group):
                     yield name, tuple(other for other in group if other != name), method
 
-    def warnings(self) -> tuple[str, ...]:
-        """What the learned predictor did not speak of, in words; () without one."""
-        if self.learned is None:
-            return (self.passed,) if self.passed else ()
-        said, far = [], [key for key in self.learned.far if key in self._known]
-        if far:
-            names = sorted({name for name, _, _ in far})
-            said.append(
-                f"{len(far)} of {len(self._known)} forecasts (of {', '.join(names)}) lie outside "
-                f"of what the learned predictor has seen: these come from {CLOSED_FORM}, "
-                "uncalibrated"
-            )
-        if any(self.source(*key) == BOTH for key in self._known):
-            said.append(
-                "forecasts of sets of three or more are averaged with the set's own early merge: "
-                "safer, and their intervals are rough"
-            )
-        if any(len(others) > 1 for _, others, _ in self._known) and not self._few:
-            said.append(
-                f"with more than {EXACT_UP_TO} adapters only pairs are asked of the learned "
-                "predictor; sets are combined from them, uncalibrated"
-            )
-        return tuple(said)
-
     def signal_rows(self) -> pl.DataFrame:
         """Pair rows of the file tier, with the model tier's columns where it ran (prefix early_
         where a name would clash). One row per ordered pair: what a does to b."""
         if self.model is None:
             return self.tables["pairs"]
         rows = []
-        names = [probe.name for probe in self.probes]
-        for a, b in permutations(names, 2):
+        for a, b in self.pairs():
             row: dict[str, Any] = {"a": a, "b": b}
             for method in self.methods((a, b)):
                 row |= self.model.set_features(b, (a, b), method)
@@ -339,7 +284,7 @@ class Forecaster:
         """Every forecast that was asked for: adapter, others, method, retention, low, high, and
         the parts it was made from."""
         rows = []
-        for (name, others, method), forecast in sorted(self._known.items()):
+        for (name, others, method), forecast in sorted(self.known.items()):
             parts = self.evidence.get((name, others, method), {})
             rows.append(
                 {

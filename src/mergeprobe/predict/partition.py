@@ -6,7 +6,7 @@ are whole billionths, so that sums are exact and equal partitions compare equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import ge
 
@@ -156,7 +156,7 @@ def frontier(solve: Solve) -> list[Partition]:
     return undominated(steps)
 
 
-def undominated(partitions: Sequence[Partition]) -> list[Partition]:
+def undominated(partitions: Iterable[Partition]) -> list[Partition]:
     """Those that no other beats on worst and cost, ascending in both."""
     kept: list[Partition] = []
     for one in sorted(partitions, key=lambda p: (p.cost, -p.worst, -p.total)):

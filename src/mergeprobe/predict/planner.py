@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Literal
 
 from mergeprobe.errors import PlanError
@@ -29,11 +29,13 @@ from mergeprobe.predict.partition import (
     exact,
     frontier,
     tightened,
+    undominated,
 )
 from mergeprobe.predict.reasons import Confidence, Setting, group_reasons, number, plan_reasons
 from mergeprobe.predict.search import local_search, searched_frontier
 
 EXACT_UP_TO = 10  # Bell(10) = 115,975 partitions of 1,023 sets; beyond, a local search
+LEVELS = 20  # points of a frontier that is put together
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def make_plan(
     confidence: Confidence = "point",
     cost: Cost = "adapters",
     together: Sequence[Sequence[str]] = (),
+    within: Sequence[Sequence[str]] = (),
     route_by: Literal["name", "prompt"] = "name",
     prompt_auc: Mapping[tuple[str, str], float] | None = None,
     tier: Literal["weights", "file", "model", "hand"],
@@ -76,8 +79,11 @@ def make_plan(
     or the low end of its interval has to keep it; the frontier is in the same measure.
     cost: "adapters" counts the adapters that stay resident (composed logits keep all of theirs) and
     between equals their parameters; "parameters" counts these alone.
-    together: names that must share a group, because one answer needs all of them. prompt_auc: how
-    well two adapters' prompts separate, as a router measured it; needed for route_by="prompt".
+    together: names that must share a group, because one answer needs all of them. within: sets of
+    names that a group may not reach across, each name in one of them; by default all are in one.
+    They are searched one by one.
+    prompt_auc: how well two adapters' prompts separate, as a router measured it; needed for
+    route_by="prompt".
     calibrated: whether the forecasts of a group that was chosen are; the plan is where all are.
 
     Ties go to the partition whose lowest low end is highest, then to the higher sum of low ends:
@@ -92,7 +98,8 @@ def make_plan(
     check_together(names, together)
     options = measured(names, candidates, confidence, cost)
     floor = round(min_retention * BILLION)
-    found = _searched(options, _units(names, together), floor, max_adapters)
+    blocks = [_mask(names, each) for each in within] or [(1 << len(names)) - 1]
+    found = _searched_each(options, _units(names, together), blocks, floor, max_adapters)
     if found is None:
         kept = f" with {', '.join(together[0])} together" if together else ""
         into = f" into {max_adapters}" if max_adapters else ""
@@ -106,6 +113,7 @@ def make_plan(
         confidence=confidence,
         floor=floor,
         reached=chosen.worst >= floor,
+        blocks=tuple(blocks),
     )
     routed = _check_routing(chosen, prompt_auc) if route_by == "prompt" else ()
     groups = _written(setting, chosen)
@@ -151,10 +159,80 @@ def _units(names: tuple[str, ...], together: Sequence[Sequence[str]]) -> list[in
     together (sets that overlap are one)."""
     units = [1 << position for position in range(len(names))]
     for wanted in together:
-        joint = sum(1 << names.index(name) for name in dict.fromkeys(wanted))
+        joint = _mask(names, wanted)
         met = [unit for unit in units if unit & joint]
         units = [unit for unit in units if not unit & joint] + [sum(met)] * bool(met)
     return sorted(units, key=lambda unit: unit & -unit)
+
+
+def _mask(names: tuple[str, ...], chosen: Sequence[str]) -> int:
+    return sum(1 << names.index(name) for name in dict.fromkeys(chosen))
+
+
+def _searched_each(
+    options: Options, units: Sequence[int], blocks: Sequence[int], floor: int, most: int | None
+) -> tuple[Partition, list[Partition]] | None:
+    """As _searched, of every block by itself and then together: what is chosen adds up, and so does
+    the frontier, at the worst cases that some block has a point for. With more than `most` groups
+    the highest of those worst cases that takes no more."""
+    inside = [[unit for unit in units if unit & block] for block in blocks]
+    for unit in {unit for each in inside for unit in each}:
+        if sum(unit in each for each in inside) > 1:
+            raise PlanError(
+                f"{unit.bit_count()} adapters are to stay together, but they are planned for in "
+                "different sets"
+            )
+    if len(blocks) == 1:
+        return _searched(options, units, floor, most)
+    found = [_searched(options, each, floor, None) for each in inside]
+    parts = [each for each in found if each is not None]
+    if len(parts) < len(found):
+        return None
+    chosen = _joined([best for best, _ in parts])
+    points = _levelled([points for _, points in parts])
+    if most is not None:
+        points = [point for point in points if len(point.options) <= most]
+        if not points:  # what is cheapest is not what is fewest
+            fewest = zip(inside, _shared_out(most, blocks), strict=True)
+            limited = [_searched(options, each, floor, share) for each, share in fewest]
+            if None in limited:
+                return None
+            chosen = _joined([best for best, _ in filter(None, limited)])
+            points = [chosen]
+        elif len(chosen.options) > most:
+            chosen = points[-1]
+    shown = [points[(len(points) - 1) * k // (LEVELS - 1)] for k in range(LEVELS)]
+    return chosen, undominated([*shown, chosen])
+
+
+def _levelled(frontiers: Sequence[Sequence[Partition]]) -> list[Partition]:
+    """Frontiers put together: at each worst case the cheapest that each has, ascending in both."""
+    highest = min(points[-1].worst for points in frontiers)
+    levels = sorted({p.worst for points in frontiers for p in points if p.worst <= highest})
+    return undominated(
+        _joined([next(p for p in points if p.worst >= level) for points in frontiers])
+        for level in levels
+    )
+
+
+def _shared_out(most: int, blocks: Sequence[int]) -> list[int]:
+    """How many groups each block may make, so that together there are at most `most`."""
+    if most < len(blocks):
+        raise PlanError(
+            f"max_adapters is {most}, but the adapters are planned for in {len(blocks)} sets that "
+            "need a group each"
+        )
+    total = sum(block.bit_count() for block in blocks)
+    ends = [0]
+    for block in blocks:
+        ends.append(ends[-1] + block.bit_count())
+    spare = most - len(blocks)
+    return [1 + spare * end // total - spare * start // total for start, end in pairwise(ends)]
+
+
+def _joined(partitions: Sequence[Partition]) -> Partition:
+    options = [option for partition in partitions for option in partition.options]
+    return Partition(tuple(sorted(options, key=lambda option: option.mask & -option.mask)))
 
 
 def _searched(

@@ -11,6 +11,7 @@ from mergeprobe.plan import Action, Forecast, Group
 from mergeprobe.predict.partition import BILLION, Option, Options, Partition, cheapest
 
 Confidence = Literal["point", "lower"]
+LISTED = 12  # more than these are counted
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Setting:
     """What the reasons speak about.
 
     names, parameters, ranks: per adapter, bit i of a mask is adapter i. floor: the asked
-    retention, in billionths; reached: whether a partition keeps it.
+    retention, in billionths; reached: whether a partition keeps it. blocks: masks that no group
+    may reach across.
     """
 
     names: tuple[str, ...]
@@ -28,11 +30,20 @@ class Setting:
     confidence: Confidence
     floor: int
     reached: bool
+    blocks: tuple[int, ...] = ()
+
+    def apart(self, one: int, other: int) -> bool:
+        """Whether two sets could be no group, in different blocks."""
+        return bool(self.blocks) and not any(one & block and other & block for block in self.blocks)
 
 
 def group_reasons(setting: Setting, chosen: Partition, option: Option) -> list[str]:
     """Why this group's members are together, and why it stays apart from its nearest groups."""
-    others = [other for other in chosen.options if other is not option]
+    others = [
+        other
+        for other in chosen.options
+        if other is not option and not setting.apart(option.mask, other.mask)
+    ]
     nearest = sorted(others, key=lambda other: -_best_worst(setting, option.mask | other.mask))
     apart = [_apart(setting, chosen, option, other) for other in nearest[:3]]
     return [_together(setting, option), *apart]
@@ -84,6 +95,8 @@ def _outline(chosen: Partition) -> str:
     parts = [f"{_listed(group.adapters)} {done(group)}" for group in several]
     parts += [
         f"{_listed(names)} {'each ' if len(names) > 1 else ''}{what}"
+        if len(names) <= LISTED
+        else f"{_plural(len(names), 'adapter')} each {what}"
         for what, names in alone.items()
     ]
     return "; ".join(parts)
@@ -130,7 +143,11 @@ def _apart(setting: Setting, chosen: Partition, one: Option, other: Option) -> s
 def _closest_pair(setting: Setting, chosen: Partition) -> str:
     if len(setting.names) == 1:
         return "there is only one adapter, so there is nothing to merge"
-    pairs = [(1 << a) | (1 << b) for a, b in combinations(range(len(setting.names)), 2)]
+    pairs = [
+        (1 << a) | (1 << b)
+        for a, b in combinations(range(len(setting.names)), 2)
+        if not setting.apart(1 << a, 1 << b)
+    ]
     closest = max(pairs, key=lambda mask: _best_worst(setting, mask))
     best = _best(setting, closest)
     if best is None:
@@ -211,6 +228,8 @@ def done(group: Group) -> str:
 
 
 def _shape(partition: Partition) -> str:
+    if len(partition.options) > LISTED:
+        return _plural(len(partition.options), "group")
     return " | ".join("+".join(option.group.adapters) for option in partition.options)
 
 

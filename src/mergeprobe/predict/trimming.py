@@ -16,6 +16,7 @@ from mergeprobe.plan import Action, Forecast, Group, Plan
 
 if TYPE_CHECKING:
     from mergeprobe.predict.forecaster import Forecaster
+    from mergeprobe.predict.planning import Forecasts
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # the share of its retention that cutting may cost an adapter; merging is what the floor is for
@@ -26,15 +27,15 @@ BELOW, ABOVE = 0.015, 0.04
 CUT = (Action.route, Action.merge, Action.reweight)
 
 
-def trimmed(forecaster: Forecaster, plan: Plan) -> Plan:
+def trimmed(forecasts: Forecasts, plan: Plan) -> Plan:
     """The plan with every group at the smallest of RANKS that costs no member more than 1 − KEPT
     of its retention and none the floor; unchanged without the model tier.
 
     Each rank tried takes one forward pass a member, within the model tier's budget.
     """
-    if forecaster.model is None:
+    if forecasts.model is None:
         return plan
-    groups = tuple(_smallest(forecaster, group, plan) for group in plan.groups)
+    groups = tuple(_smallest(forecasts.of(group.adapters[0]), group, plan) for group in plan.groups)
     resident = sum(group.resident_parameters or 0 for group in groups)
     before = plan.resident_parameters or 0
     if resident == before:
