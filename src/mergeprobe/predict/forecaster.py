@@ -220,7 +220,10 @@ class Forecaster(Forecasts):
         # pairs first: sets may use the budget up; a search among many combines all rules of them
         self.ask_pairs(() if self.few or self.model is not None else WEIGHTED)
         if self.learned is not None and self.few:
-            self.learned.ask(self._all_sets())
+            # where the predictor does not speak of a set, its pairs are asked under the set's rules
+            pairs = () if self.model is not None else product(self.pairs(), WEIGHTED)
+            single = ((one, (other,), method) for (one, other), method in pairs)
+            self.learned.ask([*self._all_sets(), *single])
 
     def candidates(self, names: tuple[str, ...]) -> list[Group]:
         """What could be done with a group."""
