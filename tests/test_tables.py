@@ -13,7 +13,13 @@ from mergeprobe.bench.tables.audit import audit_alone, read_audits
 from mergeprobe.bench.tables.bank import made_bank, open_bank
 from mergeprobe.bench.tables.ceiling import repeated
 from mergeprobe.bench.tables.decision_tables import decisions_page, rivals
-from mergeprobe.bench.tables.decisions import ORACLE, decide, oracle_label
+from mergeprobe.bench.tables.decisions import (
+    ORACLE,
+    TUNED,
+    decide,
+    oracle_label,
+    without_a_plan,
+)
 from mergeprobe.bench.tables.forecasters import (
     FILE,
     MODEL,
@@ -35,6 +41,8 @@ from mergeprobe.bench.tables.page import Needs, Table, estimate, grid, number, p
 from mergeprobe.bench.tables.picture import Mark, Panel, Series, bars, drawn
 from mergeprobe.bench.tables.resample import SCORES, cluster_interval, draws, resampled, samples_of
 from mergeprobe.bench.tables.skill import Options
+from mergeprobe.bench.tables.tuned import FILE as TUNED_FILE
+from mergeprobe.bench.tables.tuned import read_tuned
 from mergeprobe.errors import DataError
 from mergeprobe.plan import Forecast
 from mergeprobe.predict.baselines import BASELINES, learned
@@ -295,7 +303,48 @@ def test_differences_and_regret_by_hand():
     assert list(regret["plan, model tier"]) == ["0.00", "0.00", "0.40"]
     assert "plan, file tier" not in rivals(decided, "plan, model tier")
     needs = {part.title for part in page.parts if isinstance(part, Needs)}
-    assert needs == {"Latency per token", "Merge methods with tuned weights"}
+    assert needs == {"Latency per token", TUNED}
+
+
+def test_a_length_is_chosen_on_one_half_and_scored_on_the_other():
+    tables = small_world()
+    # of the mean of all, as in small_world: worst 0.6 on both halves
+    kept = {  # length -> (even, odd) of a, b, c
+        1.5: ((0.9, 0.8, 0.7), (0.5, 0.6, 0.7)),
+        2.0: ((0.6, 0.65, 0.9), (0.95, 0.8, 0.9)),
+    }
+    rows = [
+        {
+            "cohort": "h1", "adapter": name, "method": "mean", "length": length,
+            "own_gain": 2.0, "own_gain_se": 0.1, "gain_retention": (even + odd) / 2,
+            "gain_retention_even": even, "gain_retention_odd": odd,
+        }
+        for length, halves in kept.items()
+        for name, even, odd in zip("abc", *halves, strict=True)
+    ]  # fmt: skip
+    cohort = read_cohort(tables | {"tuned": pl.DataFrame(rows)}, "h1")
+    needs = {}
+    found = {result.strategy: result for result in without_a_plan(cohort, needs)}
+    assert TUNED not in needs
+    # on the even items 1.5 has the best worst case (0.7; 2 has 0.6) and keeps 0.5 of the odd ones;
+    # on the odd ones 2 has (0.8; 1.5 has 0.5), and keeps 0.6 of the even ones
+    tuned = found["mean of all, length tuned"]
+    assert tuned.worst == pytest.approx((0.5 + 0.6) / 2)
+    assert tuned.mean == pytest.approx((0.6 + 2.15 / 3) / 2)
+    assert tuned.on_halves
+    assert tuned.parameters == found["mean of all"].parameters
+    assert found[TUNED].worst == tuned.worst
+
+
+def test_merges_at_other_lengths_are_read_from_beside_the_rows(tmp_path):
+    for name in ("h1", "h2"):
+        (tmp_path / name).mkdir()
+        pl.DataFrame({"cohort": [name], "length": [2.0]}).write_parquet(
+            tmp_path / name / TUNED_FILE
+        )
+    assert read_tuned(tmp_path)["cohort"].to_list() == ["h1", "h2"]
+    assert read_tuned(tmp_path / "h2")["cohort"].to_list() == ["h2"]
+    assert read_tuned(tmp_path / "h1" / "none") is None
 
 
 def test_adapters_without_a_gain_have_no_retention():

@@ -111,12 +111,13 @@ def outcomes(folder: CohortFolder) -> pl.DataFrame:
         for name in wanted.adapters:
             base, single = alone[name]
             row = outcome_row(name, wanted, base, single, found, seed=spec.adapter(name).seed)
-            halves = _halves(name, base, single, found)
-            rows.append({"cohort": spec.name, "size": len(wanted.adapters), **row, **halves})
+            apart = halves(name, base, single, found)
+            rows.append({"cohort": spec.name, "size": len(wanted.adapters), **row, **apart})
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def _halves(name: str, *parts: Measured) -> dict[str, float | None]:
+def halves(name: str, *parts: Measured) -> dict[str, float | None]:
+    """Retention on the even and on the odd test items, of (base, single, merged)."""
     losses = [part.losses[name] for part in parts]
     even, odd = (retention(*(loss[half::2] for loss in losses)).gain for half in (0, 1))
     return {"gain_retention_even": even, "gain_retention_odd": odd}

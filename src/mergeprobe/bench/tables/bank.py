@@ -11,6 +11,7 @@ import polars as pl
 
 from mergeprobe.bench.tables.audit import read_audits
 from mergeprobe.bench.tables.page import listed
+from mergeprobe.bench.tables.tuned import read_tuned
 from mergeprobe.errors import DataError
 from mergeprobe.predict.learning import Rows, learning_rows, measured_rows, read_tables
 from mergeprobe.predict.splits import Fold, unseen_cohorts
@@ -24,7 +25,8 @@ second base) are in cross-validation and transfer only."""
 class Bank:
     """tables: adapters, pairs, outcomes; of all cohorts. rows: what is learned from.
     measured: learning.measured_rows, of repeats that nothing is forecast of, too.
-    trained, held_out: names of cohorts; either can be empty. audits: audit.read_audits."""
+    trained, held_out: names of cohorts; either can be empty. audits: audit.read_audits. tuned:
+    tuned.read_tuned."""
 
     tables: dict[str, pl.DataFrame]
     rows: Rows
@@ -32,6 +34,7 @@ class Bank:
     trained: tuple[str, ...]
     held_out: tuple[str, ...]
     audits: pl.DataFrame | None = None
+    tuned: pl.DataFrame | None = None
 
     def held_out_fold(self) -> Fold | None:
         """Trained on `trained` without families of the held-out cohorts, tested on these; None
@@ -41,7 +44,10 @@ class Bank:
         return unseen_cohorts(self.rows, [self.held_out], among=self.trained)[0]
 
     def cohort(self, name: str) -> dict[str, pl.DataFrame]:
-        return {key: t.filter(pl.col("cohort") == name) for key, t in self.tables.items()}
+        found = {key: t.filter(pl.col("cohort") == name) for key, t in self.tables.items()}
+        if self.tuned is not None:
+            found["tuned"] = self.tuned.filter(pl.col("cohort") == name)
+        return found
 
     def said(self, what: str) -> str:
         """The middle of a caption: what was trained on and tested, of how many adapters."""
@@ -61,7 +67,8 @@ def open_bank(folders: Path | Sequence[Path], *, held_out: Sequence[str] = ()) -
     """held_out: names of cohorts; by default those whose name begins with HELD_OUT. DataError for
     an unknown one, or as of learning.read_tables."""
     tables = read_tables(folders)
-    return replace(made_bank(tables, held_out=held_out), audits=read_audits(folders))
+    bank = made_bank(tables, held_out=held_out)
+    return replace(bank, audits=read_audits(folders), tuned=read_tuned(folders))
 
 
 def made_bank(tables: dict[str, pl.DataFrame], *, held_out: Sequence[str] = ()) -> Bank:

@@ -13,6 +13,7 @@ from mergeprobe.bench.tables.decisions import (
     PLANS,
     POINT,
     ROUTING,
+    TUNED,
     Decided,
     Result,
     oracle_label,
@@ -35,8 +36,8 @@ from mergeprobe.bench.tables.resample import cluster_interval
 from mergeprobe.bench.tables.skill import Options
 
 NEVER = {
-    "Merge methods with tuned weights": "merges at other than uniform weights; rows hold none",
-    "Latency per token": "timed runs of a server; rows hold losses and parameters only",
+    "Latency per token": "timed runs, which rows do not hold; what each way to deploy costs in "
+    "tokens a second is measured by benchmarks/deployments.py ([page](deployments.md))",
 }
 CUT = "routing truncated to the parameters of: "
 
@@ -198,7 +199,7 @@ def plans(bank: Bank, decided: Decided, options: Options) -> Table:
 FAMILIES = {
     "plan": ("plan, model tier", "plan, file tier"),
     "one merge of all": (),
-    "best merge method": tuple(BEST.values()),
+    "best merge method": (*BEST.values(), TUNED),
     "joint adapter": ("joint adapter",),
     "routing": (ROUTING, CUT + "plan, model tier"),
     "oracle": (ORACLE,),

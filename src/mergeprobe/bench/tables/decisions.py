@@ -17,6 +17,7 @@ from mergeprobe.bench.tables.measured import (
     JOINT,
     Cohort,
     Names,
+    Part,
     Serving,
     best_within,
     known,
@@ -49,6 +50,7 @@ BEST = {
     "worst": "best merge method, chosen by worst case on the other half",
     "mean": "best merge method, chosen by mean on the other half",
 }
+TUNED = "one merge of all, its length chosen by worst case on the other half"
 ORACLE = "oracle plan, cheapest that keeps 0.9 on the other half"
 
 
@@ -169,6 +171,10 @@ def without_a_plan(cohort: Cohort, needs: dict[str, str]) -> list[Result]:
         if methods and _halves(cohort):
             choices = [[(everyone, method)] for method in methods]
             found.append(_chosen(cohort, label, choices, criterion))
+    if _halves(cohort) and cohort.tuned:
+        found += _tuned(cohort)
+    else:
+        needs[TUNED] = f"merges at other lengths in {cohort.name}"
     if cohort.has(JOINT, everyone):
         serving = [(everyone, JOINT)]
         found.append(_result(cohort, "joint adapter", serving))
@@ -221,6 +227,28 @@ def _chosen(cohort: Cohort, label: str, choices: Sequence[Serving], criterion: s
         scores = [getattr(cohort.score(choice, choose), criterion) for choice in choices]
         servings[choose] = choices[int(np.nanargmax(scores))]
     return _over_halves(cohort, label, servings)
+
+
+def _tuned(cohort: Cohort) -> list[Result]:
+    """Each rule that was measured at several lengths, the length with the best worst case on one
+    half scored on the other; and the best of all of them, chosen alike."""
+    everyone = cohort.names
+    rules: dict[str, list[Mapping[Part, Mapping[str, float]]]] = {}
+    for (method, _), kept in cohort.tuned.items():
+        own = [cohort.kept[method, everyone, None]] if cohort.has(method, everyone) else []
+        rules.setdefault(method, own).append(kept)
+    found = [(f"{method} of all, length tuned", choices) for method, choices in rules.items()]
+    found.append((TUNED, [kept for choices in rules.values() for kept in choices]))
+    results = []
+    for label, choices in found:
+        scores = []
+        for choose, on in HALVES:
+            best = max(choices, key=lambda kept, part=choose: scored(kept[part]).worst)
+            scores.append(scored(best[on]))
+        mean, worst = (_mean([getattr(s, field) for s in scores]) for field in ("mean", "worst"))
+        cost = cohort.costs[next(iter(rules)), everyone]
+        results.append(Result(label, cohort.name, mean, worst, cost, cohort.full, on_halves=True))
+    return results
 
 
 def _oracle(cohort: Cohort) -> Result:

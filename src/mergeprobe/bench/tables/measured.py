@@ -8,7 +8,7 @@ score on the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -42,7 +42,8 @@ class Scored:
 @dataclass(frozen=True, eq=False)
 class Cohort:
     """kept: (method, set, rank if truncated) -> part -> adapter -> retention. per_rank: resident
-    parameters of one rank. costs: parameters of the measured sets by method."""
+    parameters of one rank. costs: parameters of the measured sets by method. tuned: (method,
+    length) -> part -> adapter -> retention, of all adapters merged and made so much longer."""
 
     name: str
     ranks: Mapping[str, int]
@@ -50,6 +51,9 @@ class Cohort:
     costs: Mapping[tuple[str, Names], int]
     per_rank: float
     defined: frozenset[str]
+    tuned: Mapping[tuple[str, float], Mapping[Part, Mapping[str, float]]] = field(
+        default_factory=dict
+    )
 
     @property
     def names(self) -> Names:
@@ -115,12 +119,21 @@ def read_cohort(tables: Mapping[str, pl.DataFrame], name: str) -> Cohort:
         if not _clear(row):
             continue
         defined.add(row["adapter"])
-        for part, column in COLUMN.items():
-            value = row.get(column)
-            if value is not None and np.isfinite(value):
-                parts[part][row["adapter"]] = float(np.clip(value, LOWEST, HIGHEST))  # type: ignore[index]
+        _add(parts, row)
+    tuned: dict[tuple[str, float], dict[Part, dict[str, float]]] = {}
+    for row in tables["tuned"].iter_rows(named=True) if "tuned" in tables else ():
+        parts = tuned.setdefault((row["method"], row["length"]), {"all": {}, "even": {}, "odd": {}})
+        if _clear(row):
+            _add(parts, row)
     per_rank = float(np.median(each_rank)) if each_rank else 1.0
-    return Cohort(name, ranks, kept, costs, per_rank, frozenset(defined))
+    return Cohort(name, ranks, kept, costs, per_rank, frozenset(defined), tuned)
+
+
+def _add(parts: dict[Part, dict[str, float]], row: Mapping[str, Any]) -> None:
+    for part, column in COLUMN.items():
+        value = row.get(column)
+        if value is not None and np.isfinite(value):
+            parts[part][row["adapter"]] = float(np.clip(value, LOWEST, HIGHEST))  # type: ignore[index]
 
 
 def _clear(row: Mapping[str, Any]) -> bool:
