@@ -26,6 +26,7 @@ from mergeprobe.predict.forecaster import Forecaster
 from mergeprobe.predict.learned import Learned
 from mergeprobe.predict.planner import AdapterInfo
 from mergeprobe.predict.planning import Forecasts, Key
+from mergeprobe.threads import one_thread
 
 MANY = 32  # up to here every pair is measured
 SIZE = 8  # where the exact search over all of a neighbourhood's sets takes no time yet
@@ -56,10 +57,11 @@ def neighbourhoods(
 def update_norms(probes: Sequence[Probe], modules: int | None = 32) -> dict[str, float]:
     """‖ΔW‖ of each, by name; of so many of its modules, spread evenly over all (None: of all)."""
     found = {}
-    for probe in probes:
-        names = list(probe.updates)
-        chosen = names[:: max(1, len(names) // modules)] if modules else names
-        found[probe.name] = sum(norm(probe.updates[name]) ** 2 for name in chosen) ** 0.5
+    with one_thread():
+        for probe in probes:
+            names = list(probe.updates)
+            chosen = names[:: max(1, len(names) // modules)] if modules else names
+            found[probe.name] = sum(norm(probe.updates[name]) ** 2 for name in chosen) ** 0.5
     return found
 
 

@@ -9,6 +9,7 @@ them) only those pairs are visited, so adding one adapter to N costs N pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,12 @@ from mergeprobe.signals.files import rank_of, shape_of
 from mergeprobe.signals.panel import Panel, Place, known_sum
 from mergeprobe.signals.site import Site
 from mergeprobe.signals.stack import Stack
+from mergeprobe.threads import one_thread
 
+# probes: below, a second thread gains little on an idle machine (5 adapters: 1.5 s for 2.7 s) and
+# loses everything on a busy one, where its operations wait for a core (minutes), and training runs
+# that ask for a forecast are busy
+FEW = 32
 BATCH = 128  # updates (a module of an adapter) and
 BATCH_COMPONENTS = 2048  # rank components that are stacked at a time, where one module has fewer
 
@@ -104,14 +110,15 @@ def _visit(works: Sequence[_Work], progress: Callable[[str], None] | None) -> No
     for work in works[1:]:
         work.each = first.each  # of single adapters: taken once
     done = 0
-    for batch in first.batches():
-        done += len(batch)
-        if progress is not None:
-            progress(f"module {done} of {len(first.modules)}")
-        stacks = first.read(batch)
-        first.alone(batch, stacks)
-        for work in works:
-            work.pairs(batch, stacks)
+    with one_thread() if len(first.probes) < FEW else nullcontext():
+        for batch in first.batches():
+            done += len(batch)
+            if progress is not None:
+                progress(f"module {done} of {len(first.modules)}")
+            stacks = first.read(batch)
+            first.alone(batch, stacks)
+            for work in works:
+                work.pairs(batch, stacks)
 
 
 def places(modules: Sequence[str], probes: Sequence[Probe], *, layers: bool) -> tuple[Place, ...]:
