@@ -61,6 +61,43 @@ def test_tiles_give_the_table_of_one_piece(whole):
     assert_close(whole["sets"], set_rows(PROBES, SETS, effort=TILED))
 
 
+def test_modules_measured_together_give_what_each_gives_alone(whole, monkeypatch):
+    sizes = []
+    plain = sums._Work.read
+
+    def counting(self, batch):
+        sizes.append(len(batch))
+        return plain(self, batch)
+
+    monkeypatch.setattr(sums._Work, "read", counting)
+    together = tables(PROBES, SETS)
+    # 12 modules of three shapes; half of them are adapted by all eight probes
+    assert sum(sizes) == 12
+    assert max(sizes) > 1
+    sizes.clear()
+    monkeypatch.setattr(sums, "BATCH", 1)
+    alone = tables(PROBES, SETS)
+    assert sizes == [1] * 12
+    for name in ("pairs", "adapters", "sets", "layers", "quadratic", "linear"):
+        assert_close(together[name], alone[name])
+        assert_close(together[name], whole[name])
+
+
+def test_only_the_columns_asked_for_are_made(whole):
+    some = ["frobenius_cosine_late", "interference_max", "js_to_kl"]
+    found = tables(PROBES, SETS, only=set(some), triples=False)
+    assert set(found) == {"pairs", "adapters", "quadratic", "linear"}
+    assert set(found["pairs"].columns) == {"a", "b", *some}
+    for name in some:
+        assert_close(found["pairs"].select("a", "b", name), whole["pairs"].select("a", "b", name))
+    assert_close(found["adapters"], whole["adapters"])
+    # triples of (i, a, a) and (i, i, a) alone, as of more than 20 probes
+    kept = found["quadratic"].join(whole["quadratic"], on=["i", "a", "b"], suffix="_whole")
+    assert kept.height == found["quadratic"].height == 8 * 8 + 2 * 8 * 7
+    for value, wanted in kept.select("value", "value_whole").iter_rows():
+        assert value == (wanted if wanted is None else pytest.approx(wanted, rel=1e-9, abs=1e-15))
+
+
 def test_the_gram_family_is_that_of_the_plain_functions():
     found = pair_rows(PROBES, effort=Effort(("gram",), precision="single", components=12))
     by_name = {probe.name: probe for probe in PROBES}
