@@ -18,7 +18,7 @@ import polars as pl
 from gradience.vnext.merge import merge_audit
 
 from mergeprobe.artefact import write_parquet
-from mergeprobe.bench.tables.audit import FILE
+from mergeprobe.bench.tables.beside import AUDIT_FILE
 
 
 def audit(cohort: str, adapters: Path) -> pl.DataFrame:
@@ -50,8 +50,8 @@ def main() -> None:
         if not adapters.is_dir():
             print(f"{rows.name}: no adapters in '{adapters}', passed over")
             continue
-        write_parquet(audit(rows.name, adapters), rows / FILE)
-        print(f"{rows.name}: {rows / FILE}")
+        write_parquet(audit(rows.name, adapters), rows / AUDIT_FILE)
+        print(f"{rows.name}: {rows / AUDIT_FILE}")
 
 
 if __name__ == "__main__":

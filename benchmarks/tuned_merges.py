@@ -23,7 +23,7 @@ from mergeprobe.bench.bank.folder import CohortFolder, read_spec
 from mergeprobe.bench.bank.rows import halves
 from mergeprobe.bench.measure import Bench, Measured, Measurement, read_measured
 from mergeprobe.bench.outcomes import outcome_row
-from mergeprobe.bench.tables.tuned import FILE
+from mergeprobe.bench.tables.beside import TUNED_FILE
 from mergeprobe.compose import merge
 from mergeprobe.evaluate.score import score
 
@@ -79,7 +79,7 @@ def main() -> None:
     asked = parser.parse_args()
     for name in asked.cohorts:
         spec, _ = read_spec(asked.rows / name / "cohort.json")
-        target = asked.rows / name / FILE
+        target = asked.rows / name / TUNED_FILE
         write_parquet(tuned(CohortFolder(asked.work, spec, asked.data)), target)
         print(f"{name}: {target}")
 

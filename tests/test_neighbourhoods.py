@@ -104,6 +104,12 @@ def test_groups_are_shared_out():
         planned(max_adapters=1)
 
 
+def test_sets_of_one_adapter_leave_nothing_to_merge():
+    plan = planned(within=[(name,) for name in NAMES])
+    assert [group.adapters for group in plan.groups] == [(name,) for name in NAMES]
+    assert "every adapter stays on its own: no two of them may share a group" in plan.reasons
+
+
 def test_together_across_is_refused():
     with pytest.raises(PlanError, match="2 adapters are to stay together, but they are planned"):
         planned(together=[("a", "f")])
@@ -142,6 +148,8 @@ def test_many_probes_are_forecast_within_neighbourhoods(many):
     assert found.forecast(one, (one, other), "mean") == alone.forecast(one, (one, other), "mean")
     assert len(found.signal_rows()) == 10
     assert set(found.forecast_rows()["adapter"]) == set(norms)
+    with pytest.raises(NotForecastable, match="no adapter 'typo' here; there are"):
+        found.forecast("typo", ("typo", one), "mean")
     with pytest.raises(NotForecastable, match="are in different neighbourhoods of 7 adapters"):
         found.forecast(one, (one, sets[1][0]), "mean")
 

@@ -9,8 +9,9 @@ from report_bank import reported, write_cohorts
 
 from mergeprobe.artefact import write_parquet
 from mergeprobe.bench.tables import report
-from mergeprobe.bench.tables.audit import audit_alone, read_audits
+from mergeprobe.bench.tables.audit import audit_alone
 from mergeprobe.bench.tables.bank import made_bank, open_bank
+from mergeprobe.bench.tables.beside import AUDIT_FILE, TUNED_FILE, read_beside
 from mergeprobe.bench.tables.ceiling import repeated
 from mergeprobe.bench.tables.decision_tables import decisions_page, rivals
 from mergeprobe.bench.tables.decisions import (
@@ -41,8 +42,6 @@ from mergeprobe.bench.tables.page import Needs, Table, estimate, grid, number, p
 from mergeprobe.bench.tables.picture import Mark, Panel, Series, bars, drawn
 from mergeprobe.bench.tables.resample import SCORES, cluster_interval, draws, resampled, samples_of
 from mergeprobe.bench.tables.skill import Options
-from mergeprobe.bench.tables.tuned import FILE as TUNED_FILE
-from mergeprobe.bench.tables.tuned import read_tuned
 from mergeprobe.errors import DataError
 from mergeprobe.plan import Forecast
 from mergeprobe.predict.baselines import BASELINES, learned
@@ -342,9 +341,9 @@ def test_merges_at_other_lengths_are_read_from_beside_the_rows(tmp_path):
         pl.DataFrame({"cohort": [name], "length": [2.0]}).write_parquet(
             tmp_path / name / TUNED_FILE
         )
-    assert read_tuned(tmp_path)["cohort"].to_list() == ["h1", "h2"]
-    assert read_tuned(tmp_path / "h2")["cohort"].to_list() == ["h2"]
-    assert read_tuned(tmp_path / "h1" / "none") is None
+    assert read_beside(tmp_path, TUNED_FILE)["cohort"].to_list() == ["h1", "h2"]
+    assert read_beside(tmp_path / "h2", TUNED_FILE)["cohort"].to_list() == ["h2"]
+    assert read_beside(tmp_path / "h1" / "none", TUNED_FILE) is None
 
 
 def test_adapters_without_a_gain_have_no_retention():
@@ -374,8 +373,8 @@ def test_an_audit_beside_the_rows_is_a_baseline(bank, tmp_path):
         compatibility=pairs["gain_retention"]
     )
     write_parquet(audits, tmp_path / "t1" / "audits.parquet")
-    assert read_audits(tmp_path).equals(audits)
-    assert read_audits(tmp_path / "nowhere") is None
+    assert read_beside(tmp_path, AUDIT_FILE).equals(audits)
+    assert read_beside(tmp_path / "nowhere", AUDIT_FILE) is None
     fold = bank.held_out_fold()
     fit = {"audit": audit_alone(audits), "mean": BASELINES["method mean"]}
     models = fitted(bank.rows, fold, fit)

@@ -106,11 +106,13 @@ class Neighbourhoods(Forecasts):
         return {key: parts for one in self.each for key, parts in one.evidence.items()}
 
     def of(self, name: str) -> Forecaster:
+        if name not in self._of:
+            raise NotForecastable(f"no adapter '{name}' here; there are {', '.join(self._of)}")
         return self._of[name]
 
     def forecast(self, name: str, group: Sequence[str], method: str) -> Forecast:
         """As of Forecaster; NotForecastable where the group is not in one neighbourhood."""
-        if strangers := [other for other in group if self._of[other] is not self._of[name]]:
+        if strangers := [other for other in group if self.of(other) is not self.of(name)]:
             raise NotForecastable(
                 f"'{strangers[0]}' and '{name}' are in different neighbourhoods of "
                 f"{len(self.probes)} adapters, whose pairs are not measured; forecast them alone"

@@ -145,7 +145,7 @@ class Forecasts(ABC):
                 f"of up to {largest} adapters of a like size; other pairs were not measured"
             )
         if self.learned is None:
-            return (*said, *{one.passed for one in self.each if one.passed})
+            return (*said, *dict.fromkeys(one.passed for one in self.each if one.passed))
         known = [key for one in self.each for key in one.known]
         far = [
             key for one in self.each if one.learned for key in one.learned.far if key in one.known

@@ -148,6 +148,8 @@ def _closest_pair(setting: Setting, chosen: Partition) -> str:
         for a, b in combinations(range(len(setting.names)), 2)
         if not setting.apart(1 << a, 1 << b)
     ]
+    if not pairs:
+        return "every adapter stays on its own: no two of them may share a group"
     closest = max(pairs, key=lambda mask: _best_worst(setting, mask))
     best = _best(setting, closest)
     if best is None:

@@ -6,9 +6,6 @@ compatibility score of every pair beside a cohort's rows, as audits.parquet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 import polars as pl
 
@@ -18,16 +15,6 @@ from mergeprobe.predict.ridge import FLOOR, score
 from mergeprobe.predict.tier import Guess
 
 AUDIT = "gradience, post-hoc audit"
-FILE = "audits.parquet"
-
-
-def read_audits(folders: Path | Sequence[Path]) -> pl.DataFrame | None:
-    """cohort, i, j (both orders), compatibility; None where there is no such file."""
-    listed = [Path(folders)] if isinstance(folders, str | Path) else [Path(f) for f in folders]
-    files = [file for f in listed for file in (*f.glob(FILE), *sorted(f.glob(f"*/{FILE}")))]
-    if not files:
-        return None
-    return pl.concat([pl.read_parquet(file) for file in files], how="diagonal_relaxed")
 
 
 def audit_alone(audits: pl.DataFrame) -> Fitter:

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from mergeprobe.bench.tables.audit import read_audits
+from mergeprobe.bench.tables.beside import AUDIT_FILE, TUNED_FILE, read_beside
 from mergeprobe.bench.tables.page import listed
-from mergeprobe.bench.tables.tuned import read_tuned
 from mergeprobe.errors import DataError
 from mergeprobe.predict.learning import Rows, learning_rows, measured_rows, read_tables
 from mergeprobe.predict.splits import Fold, unseen_cohorts
@@ -25,8 +24,7 @@ second base) are in cross-validation and transfer only."""
 class Bank:
     """tables: adapters, pairs, outcomes; of all cohorts. rows: what is learned from.
     measured: learning.measured_rows, of repeats that nothing is forecast of, too.
-    trained, held_out: names of cohorts; either can be empty. audits: audit.read_audits. tuned:
-    tuned.read_tuned."""
+    trained, held_out: names of cohorts; either can be empty. audits, tuned: see beside."""
 
     tables: dict[str, pl.DataFrame]
     rows: Rows
@@ -68,7 +66,8 @@ def open_bank(folders: Path | Sequence[Path], *, held_out: Sequence[str] = ()) -
     an unknown one, or as of learning.read_tables."""
     tables = read_tables(folders)
     bank = made_bank(tables, held_out=held_out)
-    return replace(bank, audits=read_audits(folders), tuned=read_tuned(folders))
+    audits, tuned = read_beside(folders, AUDIT_FILE), read_beside(folders, TUNED_FILE)
+    return replace(bank, audits=audits, tuned=tuned)
 
 
 def made_bank(tables: dict[str, pl.DataFrame], *, held_out: Sequence[str] = ()) -> Bank:
