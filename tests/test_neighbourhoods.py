@@ -8,7 +8,7 @@ from itertools import permutations
 import pytest
 from builders import tiny_probe
 
-from mergeprobe.errors import NotForecastable, PlanError
+from mergeprobe.errors import NotForecastable, PlanError, ProbeError
 from mergeprobe.plan import Action, Forecast, Group
 from mergeprobe.predict import forecast as module
 from mergeprobe.predict.forecast import forecast_probes
@@ -152,6 +152,11 @@ def test_many_probes_are_forecast_within_neighbourhoods(many):
         found.forecast("typo", ("typo", one), "mean")
     with pytest.raises(NotForecastable, match="are in different neighbourhoods of 7 adapters"):
         found.forecast(one, (one, sets[1][0]), "mean")
+
+
+def test_two_of_one_name_are_refused(many):
+    with pytest.raises(ProbeError, match="a3"):
+        forecast_probes([*many, many[3]], predictor="none")
 
 
 def test_all_pairs_can_be_asked_for(many):

@@ -31,6 +31,7 @@ from mergeprobe.predict.planning import CLOSED_FORM, Forecasts
 from mergeprobe.predict.predictor import Predictor, opened
 from mergeprobe.predict.signal_rows import final_norms, signal_rows
 from mergeprobe.signals import tables
+from mergeprobe.signals.checks import check_probes
 
 READ = frozenset(feature.column for feature in FEATURES.values() if feature.about == "pair")
 """Columns that a forecast reads; those that are no signal of pairs come from elsewhere."""
@@ -71,7 +72,7 @@ def forecast_probes(
     asked = opened(predictor)
     if len(probes) <= MANY or signals is not None or all_pairs:
         return _forecaster(probes, model, asked, floor, signals, progress)
-    check_same_base([probe.to_adapter() for probe in probes])
+    check_probes(probes)
     by_name = {probe.name: probe for probe in probes}
     size = max(SIZE, -(-len(probes) // (max_adapters or len(probes))))
     sets = neighbourhoods(update_norms(probes), together, size)

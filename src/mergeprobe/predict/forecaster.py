@@ -16,7 +16,7 @@ from mergeprobe.errors import NotForecastable
 from mergeprobe.plan import Action, Forecast, Group
 from mergeprobe.predict import ridge, surrogate
 from mergeprobe.predict.blend import Tier, around, blend, clip
-from mergeprobe.predict.candidates import KEPT, candidates
+from mergeprobe.predict.candidates import KEPT
 from mergeprobe.predict.costs import resident_parameters
 from mergeprobe.predict.early import ModelTier
 from mergeprobe.predict.learned import Learned
@@ -225,10 +225,6 @@ class Forecaster(Forecasts):
             single = ((one, (other,), method) for (one, other), method in pairs)
             self.learned.ask([*self._all_sets(), *single])
 
-    def candidates(self, names: tuple[str, ...]) -> list[Group]:
-        """What could be done with a group."""
-        return candidates(self, names)
-
     def is_calibrated(self, group: Group) -> bool:
         """Whether what is forecast of a group of the plan came from the learned predictor."""
         if len(group.adapters) == 1:
@@ -270,7 +266,8 @@ class Forecaster(Forecasts):
                     yield name, tuple(other for other in group if other != name), method
 
     def signal_rows(self) -> pl.DataFrame:
-        """Pair rows of the file tier, with the model tier's columns where it ran (prefix early_
+        """Pair rows of the file tier (the columns that a forecast reads, or all that it was given),
+        with the model tier's columns where it ran (prefix early_
         where a name would clash). One row per ordered pair: what a does to b."""
         if self.model is None:
             return self.tables["pairs"]

@@ -11,6 +11,7 @@ import polars as pl
 from mergeprobe.capture.probe import Probe
 from mergeprobe.plan import Forecast, Plan
 from mergeprobe.predict.blend import Tier
+from mergeprobe.predict.candidates import candidates
 from mergeprobe.predict.options import Cost
 from mergeprobe.predict.planner import EXACT_UP_TO, AdapterInfo, make_plan
 from mergeprobe.predict.trimming import trimmed
@@ -115,7 +116,7 @@ class Forecasts(ABC):
         self.ready(min_retention, together, by_rank)
         plan = make_plan(
             self.infos(),
-            lambda names: self.of(names[0]).candidates(names),
+            lambda names: candidates(self.of(names[0]), names),
             min_retention=min_retention,
             cost=cost,
             together=together,

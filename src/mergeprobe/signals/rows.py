@@ -98,7 +98,7 @@ def tables(
     linear. The same rows as the functions of those names give.
 
     Holds the sums of every layer: for tens of adapters. only: columns of `pairs`; no others are
-    made, and no table of sets or layers, which takes half of the time and a tenth of the memory.
+    made, no table of sets or layers, and no sums by layer are held.
     triples: False leaves `quadratic` what it is of more than 20 probes: pairs, not sets.
     """
     check_in_common(probes)
