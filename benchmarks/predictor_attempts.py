@@ -3,18 +3,19 @@
     python benchmarks/predictor_attempts.py
 
 Each cohort is forecast by the others, which share no family with it (one run an adapter; no SD or
-SE). Four tables: candidates, the points of training whose rows are learned from, the median or the
-mean of the predictive distribution, a set's forecast averaged with the set's own extrapolated
-merge; then the share of rows that novelty calls far, of the cohort left out and of the same rows
-with longer updates. Pairs unless it says sets; Spearman, the same within an adapter's partners, R²,
-MAE, AUC for ρ ≥ 0.8 (of sets Spearman, R², MAE, AUC and the mean of forecast − measured), under the
-mean / the sum. A minute or two on one core.
+SE). Tables: candidates, the points of training whose rows are learned from, the median or the mean
+of the predictive distribution, a set's forecast averaged with the set's own extrapolated merge; a
+second base's rows (--second) among those learned from, for our base and for pairs of its own
+families that are left out; then the share of rows that novelty calls far, of the cohort left out
+and of the same rows with longer updates. Pairs unless it says sets; Spearman, the same within an
+adapter's partners, R², MAE, AUC for ρ ≥ 0.8 (of sets Spearman, R², MAE, AUC and the mean of
+forecast − measured), under the mean / the sum. A minute or two on one core.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from mergeprobe.predict.novelty import fit_novelty
 from mergeprobe.predict.refit import OURS
 from mergeprobe.predict.ridge import FLOOR, score
 from mergeprobe.predict.scores import METRICS, Tested
-from mergeprobe.predict.splits import unseen_cohorts
+from mergeprobe.predict.splits import Fold, unseen_cohorts, unseen_families
 from mergeprobe.predict.tier import Guess, fit_tier
 
 SHOWN = ("Spearman", "within partners", "R2", "MAE", "AUC")
@@ -44,12 +45,16 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=Path, default=OURS)
     parser.add_argument("--cohorts", nargs="+", default=["t1", "t2", "t3"])
+    parser.add_argument("--second", type=Path, default=Path(__file__).parent / "rows")
     asked = parser.parse_args()
     rows = read_rows(asked.rows, cohorts=asked.cohorts)
     candidates(rows)
     points(rows)
     centres(rows)
     sets(rows, own_merges(asked.rows, asked.cohorts))
+    both = read_rows([asked.rows, asked.second])
+    known = {*asked.cohorts, *read_rows(asked.second).cohort}
+    second_base(both.pick(np.isin(both.cohort, list(known))))
     novelty(rows)
 
 
@@ -79,6 +84,23 @@ def centres(rows: Rows) -> None:
 
             early = rows.pick(rows.point < 0.15)
             show(early, f"{name}, {centre}", left_out(early, fit))
+
+
+def second_base(rows: Rows) -> None:
+    """Ours: by cohort, as above. The second base's: by two of its families."""
+    bases = rows.table["base"].to_numpy()
+    ours = bases == max(set(bases), key=bases.tolist().count)
+    pairs = [fold for fold in unseen_families(rows) if (fold.test & ~ours).any()]
+    for title, shown, folds in (
+        ("our base", ours, unseen_cohorts(rows)),
+        ("the second base", ~ours, pairs),
+    ):
+        print(f"\n## {title}: learned with and without the second base's rows, model tier")
+        for name in ("ridge, few", "ridge, wide", "trees, few", "mix of four"):
+            for label, among in (("with", None), ("without", ours)):
+                found = left_out(rows, plain(name, "model"), among, folds, shown)
+                kept = shown & np.isfinite(found)
+                show(rows.pick(kept), f"{name}, {label}", found[kept])
 
 
 def sets(rows: Rows, own: dict[tuple, float]) -> None:
@@ -136,13 +158,20 @@ def plain(name: str, tier: Tier) -> Callable[[Rows], Forecast]:
 
 
 def left_out(
-    rows: Rows, fit: Callable[[Rows], Forecast], among: np.ndarray | None = None
+    rows: Rows,
+    fit: Callable[[Rows], Forecast],
+    among: np.ndarray | None = None,
+    folds: Sequence[Fold] | None = None,
+    tested: np.ndarray | None = None,
 ) -> np.ndarray:
-    found = np.full(len(rows), np.nan)
-    for fold in unseen_cohorts(rows):
+    """Mean forecast over the folds that test a row, NaN for rows that none tests."""
+    total, count = np.zeros((2, len(rows)))
+    for fold in unseen_cohorts(rows) if folds is None else folds:
         train = fold.train if among is None else fold.train & among
-        found[fold.test] = fit(rows.pick(train))(rows.pick(fold.test))
-    return found
+        test = fold.test if tested is None else fold.test & tested
+        total[test] += fit(rows.pick(train))(rows.pick(test))
+        count[test] += 1
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def show(rows: Rows, label: str, found: np.ndarray) -> None:

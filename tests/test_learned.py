@@ -28,8 +28,8 @@ class Fixed:
         self.far, self.reads, self.seen, self.calls = far, reads, [], 0
         self.unknown = unknown
 
-    def knows_base(self, name, fingerprint):
-        return True
+    def base_like(self, name, fingerprint):
+        return "tiny"
 
     def knows_method(self, method):
         return method != self.unknown
@@ -37,7 +37,7 @@ class Fixed:
     def in_words(self):
         return "forecast by a test"
 
-    def predict(self, values):
+    def predict(self, values, **how):
         self.calls += 1
         found = []
         for value in values:

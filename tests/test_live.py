@@ -335,7 +335,7 @@ def small_predictor(tmp_path_factory, others):
     rows = replace(rows, values=values, target=target)
     few = {"ridge, few": CANDIDATES["ridge, few"]}
     card = {  # of the rows that were put in
-        "base_fingerprints": [probes[0].meta["base_fingerprint"]],
+        "base_fingerprints": {"tiny": [probes[0].meta["base_fingerprint"]]},
         "methods": ["equal_norm_mean", "mean", "sum"],
     }
     fit_predictor(rows, tiers=("file",), candidates=few, card=card).save(folder / "predictor")
@@ -348,8 +348,8 @@ class Seen:
     def __init__(self):
         self.rows = []
 
-    def knows_base(self, name, fingerprint):
-        return True
+    def base_like(self, name, fingerprint):
+        return "tiny"
 
     def knows_method(self, method):
         return True
@@ -360,7 +360,7 @@ class Seen:
     def in_words(self):
         return "forecast by nobody"
 
-    def predict(self, values):
+    def predict(self, values, **how):
         self.rows += list(values)
         each = (math.nan, math.nan, math.nan, math.nan, 2.0)
         return Guess(*(np.full(len(values), v) for v in each))

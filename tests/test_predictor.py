@@ -23,7 +23,7 @@ from mergeprobe.predict.features import COLUMNS, FEATURES, SETTING, SIGNS, colum
 from mergeprobe.predict.learning import learning_rows, read_rows
 from mergeprobe.predict.menus import CANDIDATES, MENUS, Candidate
 from mergeprobe.predict.models import fit_model, fit_ridge, model_from_json
-from mergeprobe.predict.novelty import fit_novelty
+from mergeprobe.predict.novelty import fit_novelties, fit_novelty, novelty_of
 from mergeprobe.predict.predictor import Predictor, fit_predictor, load_predictor
 from mergeprobe.predict.ridge import METHODS, score
 from mergeprobe.predict.tier import Guess, fit_tier
@@ -423,13 +423,17 @@ def test_damaged_predictors_are_refused(predictor, tmp_path):
     with pytest.raises(NotForecastable, match=r"model.json' does not exist"):
         load_predictor(folder)
     card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps(card | {"schema_version": 1}))
+    with pytest.raises(NotForecastable, match=r"has schema 1, of an earlier .* fit it again"):
+        load_predictor(folder)
     (folder / "card.json").write_text(json.dumps(card | {"schema_version": 99}))
     with pytest.raises(NotForecastable, match="upgrade mergeprobe"):
         load_predictor(folder)
 
 
 def test_which_bases_it_knows():
-    card = {"bases": ["smollm2-135m-instruct-q4"], "base_fingerprints": ["abc"]}
+    ours, other = "smollm2-135m-instruct-q4", "gemma3-270m-q4"
+    card = {"bases": [other, ours], "base_fingerprints": {ours: ["aaa", "abc"], other: ["xyy"]}}
     predictor = Predictor({}, card)
     for name, fingerprint in (
         ("anything", "abc"),
@@ -437,7 +441,9 @@ def test_which_bases_it_knows():
         ("models/smollm2-135m-instruct-bf16/", "other"),
         ("SmolLM2-135M-Instruct-GGUF", "other"),
     ):
-        assert predictor.knows_base(name, fingerprint), name
+        assert predictor.base_like(name, fingerprint) == ours, name
+    assert predictor.base_like("anything", "xyy") == other
+    assert predictor.base_like("ggml-org/gemma3-270m-f16", None) == other
     for name, fingerprint in (
         (None, None),
         ("", "abd"),
@@ -445,7 +451,7 @@ def test_which_bases_it_knows():
         ("SmolLM2-360M-Instruct", None),
         ("meta-llama/Llama-3.2-1B", "xyz"),
     ):
-        assert not predictor.knows_base(name, fingerprint), name
+        assert predictor.base_like(name, fingerprint) is None, name
 
 
 def test_the_tier_is_what_a_row_supports(rows, predictor):
@@ -510,6 +516,26 @@ def test_novelty_by_hand():
     gaps = [np.hypot(grid[100] - grid[k], 3.0 - grid[k]) / scale for k in range(200)]
     closest = np.mean(np.sort(gaps)[:3]) / math.sqrt(2)
     assert away >= closest / found.edge_distance - 0.01
+
+
+def test_each_base_has_its_own_novelty():
+    values = np.full((400, len(COLUMNS)), np.nan)
+    place, families = COLUMNS.index("own_relative_norm"), np.arange(400) % 10
+    values[:200, place] = np.linspace(-4, 0, 200)
+    values[200:, place] = np.linspace(6, 10, 200)
+    bases = np.repeat(["one", "two"], 200)
+    found = fit_novelties((), values, families, bases)
+    asked = values[[100, 300, 0]].copy()
+    asked[2, place] = 3.0  # between the two
+    assert (novelty_of(found, asked, "one") > 1).tolist() == [False, True, True]
+    assert (novelty_of(found, asked, "two") > 1).tolist() == [True, False, True]
+    # of a base that is not told: near to either is near
+    for unknown in (None, "three"):
+        assert (novelty_of(found, asked, unknown) > 1).tolist() == [False, False, True]
+    together = fit_novelty((), values, families)
+    assert (
+        together.score(asked[:2]) < 1
+    ).all()  # kept together, "one" 22,000 times as long is known
 
 
 def test_norms_count_though_no_model_reads_them():

@@ -128,7 +128,8 @@ def _forecaster(
         progress=progress,
     )
     meta = probes[0].meta
-    if asked is not None and not asked.knows_base(meta.get("base"), fingerprint):
+    base = asked.base_like(meta.get("base"), fingerprint) if asked is not None else None
+    if asked is not None and base is None:
         theirs, known = meta.get("base") or "unknown", ", ".join(asked.card["bases"])
         forecaster.passed = (
             f"the learned predictor knows no adapters of base '{theirs}': forecasts come from "
@@ -138,7 +139,7 @@ def _forecaster(
         forecaster.missing = (*missing, more)
     elif asked is not None:
         rows = signal_rows(found, facts, quadratic, lengths)
-        forecaster.learned = Learned(asked, rows, forecaster.early)
+        forecaster.learned = Learned(asked, rows, forecaster.early, base)
     return forecaster
 
 

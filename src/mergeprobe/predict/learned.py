@@ -27,14 +27,16 @@ class Learned:
     """Asks the predictor about (adapter, set, method)s, each once; rows of pairs are kept, and
     those of sets are made of them.
 
-    rows: the file tier's tables. early: the model tier's part of a row. far: what the predictor
-    would not speak of, with its novelty (above 1: farther from the bank's rows than they are from
-    each other; NaN: a signal that it needs is missing).
+    rows: the file tier's tables. early: the model tier's part of a row. base: what the predictor's
+    rows call the base model. far: what the predictor would not speak of, with its novelty (above 1:
+    farther from the bank's rows than they are from each other; NaN: a signal that it needs is
+    missing).
     """
 
     predictor: Predictor
     rows: SignalRows
     early: Early = lambda i, j, method: {}
+    base: str | None = None
     far: dict[Asked, float] = field(default_factory=dict)
     _said: dict[Asked, Forecast | None] = field(default_factory=dict)
     _pairs: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
@@ -64,7 +66,7 @@ class Learned:
         each = dict.fromkeys((name, one, how) for name, those, how in fresh for one in those)
         pairs = {(i, j): self._pair(i, j, method) for i, j, method in each}
         table = pl.DataFrame(list(pairs.values()), infer_schema_length=None)
-        guess = self.predictor.predict(feature_matrix(requests, table))
+        guess = self.predictor.predict(feature_matrix(requests, table), base=self.base)
         numbers = zip(guess.retention, guess.low, guess.high, guess.novelty, strict=True)
         for key, (kept, low, high, novelty) in zip(fresh, numbers, strict=True):
             if novelty <= 1.0:  # not where it is NaN: no tier supports the row

@@ -3,7 +3,8 @@
 Three measures, each in units of what training rows of *other* families score, so that 1 is the
 edge: the share of features outside the training range, how far norms and ranks lie outside of
 theirs, and the distance to the nearest training rows in robustly scaled features (median and
-interquartile range). A missing feature counts as the median. Needs no torch.
+interquartile range). A missing feature counts as the median. Kept for each base model by itself:
+what is usual on one is far on another. Needs no torch.
 """
 
 from __future__ import annotations
@@ -115,6 +116,31 @@ def fit_novelty(
         edge_beyond=max(float(np.quantile(beyond, EDGE)), LEAST_BEYOND),
         edge_distance=max(float(np.quantile(distance, EDGE)), LEAST),
     )
+
+
+def fit_novelties(
+    columns: Sequence[str],
+    values: Float[np.ndarray, "rows all"],
+    groups: Sequence[Any] | np.ndarray,
+    bases: Sequence[str] | np.ndarray,
+    seed: int = 0,
+) -> dict[str, Novelty]:
+    """Base model -> fit_novelty of its rows."""
+    groups, bases = np.asarray(groups), np.asarray(bases)
+    return {
+        base: fit_novelty(columns, values[bases == base], groups[bases == base], seed)
+        for base in sorted(set(bases.tolist()))
+    }
+
+
+def novelty_of(
+    novelties: Mapping[str, Novelty], values: Float[np.ndarray, "rows all"], base: str | None = None
+) -> Float[np.ndarray, " rows"]:
+    """Scores of rows on `base`; on a base that is not told, or not known, how far they are from
+    the rows of whichever known one they are nearest to."""
+    known = novelties.get(base or "")
+    asked = list(novelties.values()) if known is None else [known]
+    return np.min([each.score(values) for each in asked], axis=0)
 
 
 def quantiles(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from jaxtyping import Float
 
 from mergeprobe.artefact import MADE_BY, atomic_folder, check_schema, read_json
@@ -28,7 +29,7 @@ from mergeprobe.predict.menus import CANDIDATES, Candidate
 from mergeprobe.predict.model_card import model_card
 from mergeprobe.predict.tier import Aim, Centre, Guess, TierModel, fit_tier, tier_from_json
 
-SCHEMA = 1
+SCHEMA = 2
 SHIPPED = Path(__file__).parents[1] / "predictor"
 """The predictor that travels with the package: `mergeprobe fit` on the bank's rows."""
 WITHOUT = "none"
@@ -63,12 +64,14 @@ class Predictor:
             "calibrated on families left out"
         )
 
-    def knows_base(self, name: str | None, fingerprint: str | None) -> bool:
-        """Whether rows of this base are among those that it was fitted on: by fingerprint, or by
-        the last part of its name but for how it was quantised."""
-        if fingerprint and fingerprint in self.card.get("base_fingerprints", ()):
-            return True
-        return bool(name) and _plain(name or "") in map(_plain, self.card.get("bases", ()))
+    def base_like(self, name: str | None, fingerprint: str | None) -> str | None:
+        """What the rows that it was fitted on call this base, None if none of them is of it: by
+        fingerprint, or by the last part of its name but for how it was quantised."""
+        for base, known in self.card.get("base_fingerprints", {}).items():
+            if fingerprint in known:
+                return base
+        named = {_plain(base): base for base in self.card.get("bases", ())}
+        return named.get(_plain(name)) if name else None
 
     def knows_method(self, method: str) -> bool:
         """Whether rows of this merge rule are among those that it was fitted on."""
@@ -90,29 +93,38 @@ class Predictor:
                     best[row] = tier
         return best
 
-    def predict(self, values: Float[np.ndarray, "rows columns"], tier: Tier | None = None) -> Guess:
+    def predict(
+        self,
+        values: Float[np.ndarray, "rows columns"],
+        tier: Tier | None = None,
+        *,
+        base: str | None = None,
+    ) -> Guess:
         """Forecasts for rows of features.COLUMNS (feature_rows.feature_matrix makes them).
 
         tier: which model speaks; default: for each row the highest that supports it. Rows that
-        no tier supports get NaN. Raises NotForecastable for a tier that was not fitted.
+        no tier supports get NaN. base: the model that the rows are of, as base_like names it; it
+        tells what counts as far. By default a row is far if it is far from those of every base.
+        Raises NotForecastable for a tier that was not fitted.
         """
         values = np.asarray(values, dtype=float)
         if values.ndim != 2 or values.shape[1] != len(COLUMNS):
             raise NotForecastable(
                 f"the predictor takes rows of {len(COLUMNS)} features, got shape {values.shape}"
             )
+        how: dict[str, Any] = {"guaranteed": self.guaranteed, "base": base}
         if tier is not None:
             if tier not in self.tiers:
                 raise NotForecastable(
                     f"this predictor has no '{tier}' tier; it has {', '.join(self.tiers)}"
                 )
-            return self.tiers[tier].predict(values, self.centre, guaranteed=self.guaranteed)
+            return self.tiers[tier].predict(values, self.centre, **how)
         supported = np.array([t or "" for t in self.supports(values)])
         filled = {name: np.full(len(values), np.nan) for name in Guess.__dataclass_fields__}
         for each, model in self.tiers.items():
             mask = supported == each
             if mask.any():
-                part = model.predict(values[mask], self.centre, guaranteed=self.guaranteed)
+                part = model.predict(values[mask], self.centre, **how)
                 for name in filled:
                     filled[name][mask] = getattr(part, name)
         return Guess(**filled)
@@ -157,6 +169,11 @@ def load_predictor(folder: str | Path) -> Predictor:
     if not isinstance(card, dict) or not isinstance(card.get("tiers"), list):
         raise NotForecastable(f"'{folder / 'card.json'}' is not the card of a predictor")
     check_schema(card.get("schema_version"), SCHEMA, f"'{folder}'", NotForecastable)
+    if card["schema_version"] < SCHEMA:
+        raise NotForecastable(
+            f"'{folder}' has schema {card['schema_version']}, of an earlier mergeprobe; this one "
+            f"reads {SCHEMA}: fit it again (mergeprobe fit)"
+        )
     tiers: dict[Tier, TierModel] = {}
     for tier in card["tiers"]:
         file = folder / f"{tier}.json"
@@ -222,7 +239,7 @@ def describe(rows: Rows, tiers: Mapping[Tier, TierModel]) -> dict[str, Any]:
     return {
         "cohorts": sorted(table["cohort"].unique().to_list()),
         "bases": sorted(table["base"].unique().to_list()),
-        "base_fingerprints": sorted(set(table["base_fingerprint"].unique()) - {""}),
+        "base_fingerprints": _fingerprints(table),
         "families": rows.holds()[0],
         "points": sorted(round(float(p), 4) for p in table["point"].unique()),
         "methods": sorted(table["method"].unique().to_list()),
@@ -242,3 +259,13 @@ def describe(rows: Rows, tiers: Mapping[Tier, TierModel]) -> dict[str, Any]:
             for tier, model in tiers.items()
         },
     }
+
+
+def _fingerprints(table: pl.DataFrame) -> dict[str, list[str]]:
+    """Base -> those of its files that rows were measured on."""
+    known = table.filter(pl.col("base_fingerprint") != "")
+    pairs = known.select("base", "base_fingerprint").unique().sort("base", "base_fingerprint")
+    found: dict[str, list[str]] = {}
+    for base, fingerprint in pairs.iter_rows():
+        found.setdefault(base, []).append(fingerprint)
+    return found

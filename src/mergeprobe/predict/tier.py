@@ -19,7 +19,7 @@ from mergeprobe.predict.features import Tier
 from mergeprobe.predict.learning import LOWEST, Rows
 from mergeprobe.predict.menus import CANDIDATES, Candidate
 from mergeprobe.predict.models import Model, fit_model, model_from_json
-from mergeprobe.predict.novelty import Novelty, fit_novelty, novelty_from_json
+from mergeprobe.predict.novelty import Novelty, fit_novelties, novelty_from_json, novelty_of
 from mergeprobe.predict.ridge import FLOOR, score
 from mergeprobe.predict.splits import Fold, unseen_all
 
@@ -57,13 +57,13 @@ class Guess:
 class TierModel:
     """What serves one tier. chosen: its candidate's name. errors: candidate -> mean squared error
     on unseen families, of what the choice aimed at. top: the retention that a score of "nothing
-    lost" may stand for."""
+    lost" may stand for. novelty: by base model."""
 
     tier: Tier
     chosen: str
     model: Model
     predictive: Predictive
-    novelty: Novelty
+    novelty: Mapping[str, Novelty]
     top: float
     errors: Mapping[str, float]
 
@@ -73,8 +73,10 @@ class TierModel:
         centre: Centre = "median",
         *,
         guaranteed: bool = False,
+        base: str | None = None,
     ) -> Guess:
-        """centre: of the predictive distribution. guaranteed: conformal.Predictive.ends."""
+        """centre: of the predictive distribution. guaranteed: conformal.Predictive.ends. base: the
+        model that all rows are of, as in Rows.table, for the novelty (novelty_of)."""
         forecast = self.model.scores(values)
         ends = self.predictive.ends(forecast, values, guaranteed=guaranteed)
         low, high = (_unscored(end, self.top) for end in ends)
@@ -90,7 +92,7 @@ class TierModel:
             low=np.minimum(low, retention),
             high=np.maximum(high, retention),
             mergeable=self.predictive.above(float(score(MERGEABLE)), forecast, values),
-            novelty=self.novelty.score(values),
+            novelty=novelty_of(self.novelty, values, base),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -100,7 +102,7 @@ class TierModel:
             "top": self.top,
             "errors": dict(self.errors),
             "predictive": self.predictive.to_json(),
-            "novelty": self.novelty.to_json(),
+            "novelty": {base: each.to_json() for base, each in self.novelty.items()},
             "model": self.model.to_json(),
         }
 
@@ -112,7 +114,7 @@ def tier_from_json(value: Mapping[str, Any]) -> TierModel:
         chosen=value["chosen"],
         model=model_from_json(value["model"]),
         predictive=predictive_from_json(value["predictive"]),
-        novelty=novelty_from_json(value["novelty"]),
+        novelty={base: novelty_from_json(each) for base, each in value["novelty"].items()},
         top=float(value["top"]),
         errors=dict(value["errors"]),
     )
@@ -169,7 +171,9 @@ def fit_tier(
         predictive=fit_predictive(
             forecasts[chosen][seen], goal[seen], rows.values[seen], weight, rows.family[seen]
         ),
-        novelty=fit_novelty(model.columns, rows.values, rows.family, seed),
+        novelty=fit_novelties(
+            model.columns, rows.values, rows.family, rows.table["base"].to_numpy(), seed
+        ),
         top=max(1.0 + FLOOR / 2, float(np.quantile(above, 0.99)) if len(above) else 1.0),
         errors={name: round(value, 5) for name, value in errors.items()},
     )
