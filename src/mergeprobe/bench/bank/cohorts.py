@@ -97,8 +97,9 @@ _HELD_OUT: dict[str, Any] = {
     "whole_methods": ("norm_preserving_mean", "ties", "iso_c"),
 }
 
-# t: 18 families to learn from, each in two cohorts. h: nine other families, held out and frozen:
-# nothing is ever chosen by them. Both hold pairs with the same prompts and other answers.
+# t: 30 families to learn from, six of them in two cohorts. h: nine other families, each in two
+# cohorts, held out and frozen: nothing is ever chosen by them. Both hold pairs with the same
+# prompts and other answers.
 _T2 = cohort(
     "t2",
     ("quotient", "remainder", "python_slice", "heavier", "backwards", "date_iso"),
@@ -142,14 +143,14 @@ _ALL = (
     _H2,
     cohort(
         "t5",
-        ("number_german", "number_english", "remainder", "python_slice", "access", "letter_count"),
+        ("next_term", "step", "redact", "extract", "reversed_strand", "spell"),
         seed=5,
         turn=0,
         init="shared",
     ),
     cohort(
         "t6",
-        ("sort_down", "multiply", "molar_mass", "backwards", "lockdown", "date_iso"),
+        ("python_line", "javascript_line", "alphabetical", "by_length", "half_life", "roman"),
         seed=6,
         turn=2,
     ),

@@ -1,0 +1,91 @@
+"""How far the tasks are from floor and ceiling: loss and exact answers of the base, and after LoRA.
+
+    python benchmarks/task_levels.py --out docs/results/tasks.md
+
+Every embedded task of the bank: the base's loss (nats per completion token) and share of exact
+answers on test items, ± the standard error over items; of tasks that a cohort's rows hold
+(--rows), the adapter's, from those rows, over its cohorts. Exact: every token of the completion is
+the model's first choice. About five minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import polars as pl
+import torch
+
+from mergeprobe.adapters.base import load_base
+from mergeprobe.bench.tables.page import grid, number, percent
+from mergeprobe.bench.tasks import BANK_TASKS
+from mergeprobe.evaluate.score import batch_of, score
+from mergeprobe.predict.refit import OURS
+
+COLUMNS = (
+    "domain",
+    "task",
+    "family",
+    "loss, base",
+    "exact, base",
+    "loss, adapter",
+    "exact, adapter",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", default="smollm2-135m-instruct-q4")
+    parser.add_argument("--rows", type=Path, default=OURS)
+    parser.add_argument("--items", type=int, default=32)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    base = load_base(asked.base)
+    trained = pl.concat(
+        [pl.read_parquet(file) for file in sorted(asked.rows.glob("*/adapters.parquet"))],
+        how="diagonal_relaxed",
+    ).filter(pl.col("base") == asked.base)
+    rows = []
+    for place, (name, task) in enumerate(BANK_TASKS.items()):
+        print(
+            f"\r{place + 1} of {len(BANK_TASKS)}: {name:24s}", end="", file=sys.stderr, flush=True
+        )
+        with torch.inference_mode():
+            found = score(base, None, batch_of(base, task.generate("test", asked.items, 0)))
+        error = float(found.loss.std()) / math.sqrt(asked.items)
+        exact = percent(float(found.exact.double().mean()))
+        mine = trained.filter(pl.col("task") == name)
+        after = [number(mean(mine, "loss_single")), "–"]
+        if mine.height:
+            after[1] = percent(mean(mine, "accuracy_single"))
+        loss = f"{number(float(found.loss.mean()))} ± {number(error)}"
+        rows.append((task.domain, name, task.family, loss, exact, *after))
+    page = (
+        "# The tasks: before and after training\n\n"
+        f"    {command(sys.argv)}\n\n{grid(COLUMNS, rows)}\n\n"
+        f"*{asked.items} test items a task, ± the standard error over items; after training: means "
+        "over an adapter's cohorts, on the items of its rows, – where no cohort trained it. "
+        "Loss in nats per token of the completion.*\n"
+    )
+    if asked.out is None:
+        print(page)
+    else:
+        asked.out.write_text(page, encoding="utf-8")
+
+
+def mean(table: pl.DataFrame, column: str) -> float:
+    return float(table[column].cast(pl.Float64).mean() or 0.0) if table.height else math.nan
+
+
+def command(argv: list[str]) -> str:
+    return shlex.join(["python", "benchmarks/task_levels.py", *argv[1:]])
+
+
+if __name__ == "__main__":
+    main()
