@@ -3,13 +3,14 @@
     python benchmarks/predictor_attempts.py
 
 Each cohort is forecast by the others, which share no family with it (one run an adapter; no SD or
-SE). Tables: candidates, the points of training whose rows are learned from, the median or the mean
-of the predictive distribution, a set's forecast averaged with the set's own extrapolated merge; a
-second base's rows (--second) among those learned from, for our base and for pairs of its own
-families that are left out; then the share of rows that novelty calls far, of the cohort left out
-and of the same rows with longer updates. Pairs unless it says sets; Spearman, the same within an
-adapter's partners, R², MAE, AUC for ρ ≥ 0.8 (of sets Spearman, R², MAE, AUC and the mean of
-forecast − measured), under the mean / the sum. A minute or two on one core.
+SE). Tables: candidates, what the few signals gain by those about the partner, the points of
+training whose rows are learned from, the median or the mean of the predictive distribution, a set's
+forecast averaged with the set's own extrapolated merge; a second base's rows (--second) among those
+learned from, for our base and for pairs of its own families that are left out; then the share of
+rows that novelty calls far, of the cohort left out and of the same rows with longer updates. Pairs
+unless it says sets; Spearman, the same within an adapter's partners, R², MAE, AUC for ρ ≥ 0.8 (of
+sets Spearman, R², MAE, AUC and the mean of forecast − measured), under the mean / the sum. A minute
+or two on one core.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from mergeprobe.predict.tier import Guess, fit_tier
 
 SHOWN = ("Spearman", "within partners", "R2", "MAE", "AUC")
 METHODS = ("mean", "sum")
+PARTNER = ("norm_ratio", "other_gain_early")
 POINTS = (0.05, 0.1)
 Forecast = Callable[[Rows], np.ndarray]
 
@@ -49,6 +51,7 @@ def main() -> None:
     asked = parser.parse_args()
     rows = read_rows(asked.rows, cohorts=asked.cohorts)
     candidates(rows)
+    partner(rows)
     points(rows)
     centres(rows)
     sets(rows, own_merges(asked.rows, asked.cohorts))
@@ -63,6 +66,15 @@ def candidates(rows: Rows) -> None:
     single = [name for name, candidate in CANDIDATES.items() if candidate.kind != "mix"]
     for name in (*single, "mix, wide", "mix of four"):
         show(rows, name, left_out(rows, plain(name, "model")))
+
+
+def partner(rows: Rows) -> None:
+    print("\n## the few signals without those about the partner")
+    for tier in ("model", "file"):
+        for gone in ((), ("norm_ratio",), ("other_gain_early",), PARTNER):
+            if tier == "model" or "norm_ratio" not in gone:
+                found = left_out(rows, plain("mix, few", tier, gone))
+                show(rows, f"{tier}, without {' and '.join(gone) or 'none'}", found)
 
 
 def points(rows: Rows) -> None:
@@ -148,10 +160,10 @@ def own_merges(folder: Path, cohorts: list[str]) -> dict[tuple, float]:
     return found
 
 
-def plain(name: str, tier: Tier) -> Callable[[Rows], Forecast]:
+def plain(name: str, tier: Tier, without: Sequence[str] = ()) -> Callable[[Rows], Forecast]:
     def fit(train: Rows) -> Forecast:
         goal = np.asarray(score(train.target))
-        model = fit_model(name, tier, train.values, goal, train.weight)
+        model = fit_model(name, tier, train.values, goal, train.weight, without=without)
         return lambda test: np.clip(1 + FLOOR - np.exp(-model.scores(test.values)), LOWEST, HIGHEST)
 
     return fit
@@ -177,7 +189,7 @@ def left_out(
 def show(rows: Rows, label: str, found: np.ndarray) -> None:
     for point in POINTS:
         cells = " / ".join(scored(rows, found, mask, SHOWN) for mask in slices(rows, point))
-        print(f"{label:28s} {point:4.0%}  {cells}")
+        print(f"{label:45s} {point:4.0%}  {cells}")
 
 
 def slices(rows: Rows, point: float) -> Iterator[np.ndarray]:

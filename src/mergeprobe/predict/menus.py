@@ -34,9 +34,14 @@ _PROBED = (
     "surrogate",
 )
 _WEIGHED = ("frobenius_cosine", "frobenius_size", "norm_ratio", "output_overlap", "union_rank")
+_PARTNER = ("norm_ratio", "other_gain_early")
 MENUS: dict[str, Mapping[Tier, tuple[str, ...] | None]] = {
     "own": dict.fromkeys(TIERS, ("own_gain", "own_gain_early", "own_loss_slope")),
-    "few": {"weights": _WEIGHED, "file": _PROBED, "model": _DISTURBED},
+    "few": {
+        "weights": _WEIGHED,
+        "file": (*_PROBED, "other_gain_early"),
+        "model": (*_DISTURBED, *_PARTNER),
+    },
     "core": dict.fromkeys(TIERS, (*_DISTURBED, *_PROBED, *_WEIGHED)),
     "wide": dict.fromkeys(
         TIERS,
@@ -54,7 +59,9 @@ MENUS: dict[str, Mapping[Tier, tuple[str, ...] | None]] = {
     "all": dict.fromkeys(TIERS, None),
 }
 """Features to choose from, small to large, for each tier; those of a higher tier than asked are
-left out, and SETTING is always there. "few" are the signals that the pilot's choice took."""
+left out, and SETTING is always there. "few" are the signals that the pilot's choice took, and how
+large and how quick to learn the partner is (chosen on t1 to t3: benchmarks/predictor_attempts.py,
+"the partner")."""
 
 _SHALLOW = {"rounds": 150, "depth": 3, "rate": 0.05, "leaf": 8, "shrink": 5.0}
 _TAIL = {"tail": 2.0}
