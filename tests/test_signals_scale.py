@@ -16,6 +16,7 @@ from mergeprobe.lowrank import LowRank, inner, norm
 from mergeprobe.signals import (
     Effort,
     adapter_rows,
+    in_memory,
     measure,
     on_disk,
     pair_rows,
@@ -168,6 +169,12 @@ def test_probes_on_disk_are_read_by_module_and_give_the_same(tmp_path):
     heavy = [read_probe(file) for file in files]
     assert_close(pair_rows(heavy), tiled)
     assert_close(set_rows(heavy, SETS), sets)
+    sizes = sum(file.stat().st_size for file in files)
+    assert in_memory(light, 1000) == light, "too large together: left on disk"
+    held = in_memory(light, sizes)
+    assert all(type(getattr(probe, part)) is dict for probe in held for part in parts)
+    assert_close(pair_rows(held, effort=TILED), tiled)
+    assert in_memory(heavy, sizes) == heavy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -206,6 +213,18 @@ def test_a_file_that_changes_meanwhile_is_named(tmp_path):
     write_adapter(tiny_adapter(1, rank=6), tmp_path / "a0", force=True)
     with pytest.raises(ProbeError, match=r"'.*adapter_model.safetensors' changed while"):
         pair_rows([probe, tiny_probe(3)])
+    with pytest.raises(ProbeError, match=r"'.*adapter_model.safetensors' changed while"):
+        in_memory([probe], 10**9)
+
+
+def test_signs_are_measured_where_they_are_asked_for():
+    some = {"frobenius_cosine", "norm_ratio"}
+    without, signed = (
+        tables(PROBES, only=only)["pairs"] for only in (some, some | {"sign_conflict"})
+    )
+    assert "sign_conflict" not in without.columns
+    assert signed.drop("sign_conflict").equals(without)
+    assert signed["sign_conflict"].equals(tables(PROBES)["pairs"]["sign_conflict"])
 
 
 def test_entries_that_are_not_finite_are_named():

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import polars as pl
 
-from mergeprobe.adapters.checkpoint import check_same_base
 from mergeprobe.capture.probe import Probe
 from mergeprobe.errors import NotForecastable
 from mergeprobe.predict import surrogate
@@ -19,7 +18,7 @@ from mergeprobe.predict.blend import Tier
 from mergeprobe.predict.early import ModelTier
 from mergeprobe.predict.features import FEATURES
 from mergeprobe.predict.forecaster import Forecaster
-from mergeprobe.predict.learned import Learned
+from mergeprobe.predict.learned import SHOWN, Learned
 from mergeprobe.predict.neighbourhoods import (
     MANY,
     SIZE,
@@ -30,11 +29,10 @@ from mergeprobe.predict.neighbourhoods import (
 from mergeprobe.predict.planning import CLOSED_FORM, Forecasts
 from mergeprobe.predict.predictor import Predictor, opened
 from mergeprobe.predict.signal_rows import final_norms, signal_rows
-from mergeprobe.signals import tables
+from mergeprobe.signals import in_memory, tables
 from mergeprobe.signals.checks import check_probes
 
-READ = frozenset(feature.column for feature in FEATURES.values() if feature.about == "pair")
-"""Columns that a forecast reads; those that are no signal of pairs come from elsewhere."""
+HELD = 512 * 2**20  # bytes of a neighbourhood's probes that are read at once
 
 
 def forecast_probes(
@@ -82,7 +80,11 @@ def forecast_probes(
         def said(message: str, number: int = number) -> None:
             progress(f"neighbourhood {number + 1} of {len(sets)}: {message}")
 
-        each.append(_forecaster([by_name[n] for n in names], model, asked, floor, None, said))
+        inside = in_memory([by_name[n] for n in names], HELD)
+        found = _forecaster(inside, model, asked, floor, None, said)
+        # what is asked of it from here on reads no tensors
+        found.probes = tuple(by_name[n] for n in names)
+        each.append(found)
     return Neighbourhoods(tuple(each), tuple(probes), progress)
 
 
@@ -94,10 +96,10 @@ def _forecaster(
     signals: Mapping[str, pl.DataFrame] | None,
     progress: Callable[[str], None],
 ) -> Forecaster:
-    fingerprint = check_same_base([probe.to_adapter() for probe in probes])
+    fingerprint = check_probes(probes)
     progress("signals of all pairs")
     # sets are asked of the surrogate only to find weights, which the model tier then tries
-    found = dict(signals or tables(probes, only=READ, triples=model is not None))
+    found = dict(signals or tables(probes, only=_read(asked), triples=model is not None))
     missing = _missing(probes, model)
     quadratic = lengths = None
     facts = surrogate.adapter_table(probes, found["adapters"])
@@ -141,6 +143,14 @@ def _forecaster(
         rows = signal_rows(found, facts, quadratic, lengths)
         forecaster.learned = Learned(asked, rows, forecaster.early, base)
     return forecaster
+
+
+def _read(asked: Predictor | None) -> frozenset[str]:
+    """The columns of pairs that the predictor reads or that are shown beside its forecasts; names
+    that are no signal of pairs come from elsewhere."""
+    pairs = {name: feature for name, feature in FEATURES.items() if feature.about == "pair"}
+    read = {f.column for name, f in pairs.items() if asked is not None and asked.reads(name)}
+    return frozenset(read | set(SHOWN))
 
 
 def _missing(probes: Sequence[Probe], model: ModelTier | None) -> tuple[str, ...]:

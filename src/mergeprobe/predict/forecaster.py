@@ -24,6 +24,7 @@ from mergeprobe.predict.planner import EXACT_UP_TO, AdapterInfo
 from mergeprobe.predict.planning import BOTH, CLOSED_FORM, LEARNED, Forecasts, Key
 from mergeprobe.predict.signal_rows import early_row, merged_retentions
 from mergeprobe.predict.weighing import WEIGHTED, weights_of, worth_asking
+from mergeprobe.signals.files import rank_of, shape_of
 
 PASSES_A_PAIR = 10  # below this a pair is left to the file tier
 SET_MARGIN = 0.05  # sets that hold a pair this far below the floor are not measured
@@ -202,7 +203,9 @@ class Forecaster(Forecasts):
 
     @cached_property
     def _ranks(self) -> dict[str, int]:
-        return {p.name: max(update.r for update in p.updates.values()) for p in self.probes}
+        return {
+            p.name: max(rank_of(p.updates, module) for module in p.updates) for p in self.probes
+        }
 
     @cached_property
     def _shapes(self) -> dict[str, dict[str, tuple[int, int]]]:
@@ -210,7 +213,8 @@ class Forecaster(Forecasts):
         known: dict[tuple, dict[str, tuple[int, int]]] = {}
         found = {}
         for probe in self.probes:
-            shapes = {module: update.shape for module, update in probe.updates.items()}
+            each = {module: shape_of(probe.updates, module) for module in probe.updates}
+            shapes = {module: (out, into) for module, (out, into) in each.items()}
             found[probe.name] = known.setdefault(tuple(sorted(shapes.items())), shapes)
         return found
 

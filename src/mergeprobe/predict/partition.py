@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from operator import ge
 
 from mergeprobe.plan import Group
@@ -179,6 +180,7 @@ def tightened(solve: Solve, floor: int) -> list[Partition]:
 def cautious(options: Options, floor: int) -> Options:
     """The options that keep `floor`, measured by their intervals' low ends."""
 
+    @cache
     def lowered(mask: int) -> tuple[Option, ...]:
         return tuple(
             replace(option, worst=option.low_worst, total=option.low_total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations, pairwise
 from typing import Literal
 
@@ -241,6 +242,7 @@ def _searched(
     """The partition to choose and the frontier, over `units` that are never split; None if there
     is none at all."""
 
+    @cache
     def over_units(mask: int) -> tuple[Option, ...]:
         found = options(_members(mask, units))
         return tuple(replace(option, mask=mask) for option in found)

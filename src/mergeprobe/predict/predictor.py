@@ -78,8 +78,12 @@ class Predictor:
         return method in self.card.get("methods", ())
 
     def reads(self, name: str) -> bool:
-        """Whether any tier's model reads this feature: what is not read need not be measured."""
-        return any(name in tier.model.columns for tier in self.tiers.values())
+        """Whether any tier reads this feature, its model or how it knows what is far: what is not
+        read need not be measured."""
+        return any(
+            name in tier.model.columns or any(name in far.columns for far in tier.novelty.values())
+            for tier in self.tiers.values()
+        )
 
     def supports(self, values: Float[np.ndarray, "rows columns"]) -> list[Tier | None]:
         """The highest tier that can speak of each row; None where not even the lowest can."""

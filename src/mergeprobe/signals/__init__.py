@@ -1,7 +1,7 @@
 """Probes -> numbers: the file tier of measurement, which needs no model."""
 
 from mergeprobe.signals.families import FAMILIES, Effort
-from mergeprobe.signals.files import on_disk
+from mergeprobe.signals.files import in_memory, on_disk
 from mergeprobe.signals.rows import (
     adapter_rows,
     layer_rows,
@@ -20,6 +20,7 @@ __all__ = [
     "Effort",
     "Signal",
     "adapter_rows",
+    "in_memory",
     "layer_rows",
     "linear",
     "markdown",

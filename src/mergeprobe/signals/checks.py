@@ -13,8 +13,10 @@ from mergeprobe.lowrank import LowRank
 from mergeprobe.signals.files import shape_of
 
 
-def check_probes(probes: Sequence[Probe]) -> None:
-    """Raises ProbeError for none, two of one name or one without updates, AdapterMismatch for
+def check_probes(probes: Sequence[Probe]) -> str | None:
+    """The common base fingerprint, or None where not every probe carries one.
+
+    Raises ProbeError for none, two of one name or one without updates, AdapterMismatch for
     other bases or shapes. Reads no tensor of a stored probe."""
     if not probes:
         raise ProbeError("no probes to measure; give at least one")
@@ -26,7 +28,7 @@ def check_probes(probes: Sequence[Probe]) -> None:
         if not probe.updates:
             raise ProbeError(f"probe '{probe.name}' holds no updates; capture it again")
     known: dict[tuple[int, ...], LowRank] = {}
-    check_same_base([_outline(probe, known) for probe in probes])
+    return check_same_base([_outline(probe, known) for probe in probes])
 
 
 def _outline(probe: Probe, known: dict[tuple[int, ...], LowRank]) -> Adapter:

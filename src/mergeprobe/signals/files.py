@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,12 +36,16 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...], int, int]]
 
 @dataclass(frozen=True)
 class TensorFile:
-    """Where the tensors of one safetensors file lie; refuses a file that changed meanwhile."""
+    """Where the tensors of one safetensors file lie; refuses a file that changed meanwhile.
+
+    held: the bytes after the header, where all are in memory.
+    """
 
     path: Path
     layout: Layout
     start: int
     stamp: tuple[int, int]
+    held: bytearray | None = None
 
     @classmethod
     def of(cls, path: Path) -> TensorFile:
@@ -51,8 +55,24 @@ class TensorFile:
         header.pop("__metadata__", None)
         return cls(path, _layout(json.dumps(header)), 8 + length, _stamp(path))
 
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return self.stamp[0] - self.start
+
+    def whole(self) -> TensorFile:
+        """The same with all bytes read: its tensors are views of them."""
+        return replace(self, held=self._bytes(0, self.size))
+
     def read(self, key: str) -> Tensor:
         dtype, shape, first, size = self.layout[key]
+        if self.held is None:
+            return torch.frombuffer(self._bytes(first, size), dtype=dtype).reshape(shape)
+        count = size // dtype.itemsize
+        found = torch.frombuffer(self.held, dtype=dtype, count=count, offset=first)
+        return found.reshape(shape)
+
+    def _bytes(self, first: int, size: int) -> bytearray:
         # a range is read, not mapped: a third of the time, and no page of a file stays resident
         into = bytearray(size)
         file = os.open(self.path, os.O_RDONLY)
@@ -63,25 +83,26 @@ class TensorFile:
                 raise ProbeError(f"'{self.path}' changed while it was measured; start again")
         finally:
             os.close(file)
-        return torch.frombuffer(into, dtype=dtype).reshape(shape)
+        return into
 
 
 @dataclass(frozen=True)
 class OnDisk(Mapping[str, Any]):
     """One part of a probe by module, read from its file on every access.
 
-    make: module -> the value. shapes: module -> its shape, known without reading. ranks: of
-    updates.
+    make: (file, module) -> the value. shapes: module -> its shape, known without reading. ranks:
+    of updates.
     """
 
-    make: Callable[[str], Any]
+    file: TensorFile
+    make: Callable[[TensorFile, str], Any]
     shapes: dict[str, tuple[int, ...]]
     ranks: dict[str, int] | None = None
 
     def __getitem__(self, module: str) -> Any:
         if module not in self.shapes:
             raise KeyError(module)
-        return self.make(module)
+        return self.make(self.file, module)
 
     def __contains__(self, module: object) -> bool:
         return module in self.shapes
@@ -123,6 +144,27 @@ def on_disk(probe: Probe) -> Probe:
     return replace(probe, **changed)
 
 
+def in_memory(probes: Sequence[Probe], most: int) -> list[Probe]:
+    """The probes with what is on disk read, each file at once (a tensor at a time takes several
+    times as long); as they are if those files hold more than `most` bytes."""
+    parts = [
+        {name: part for name, part in vars(probe).items() if isinstance(part, OnDisk)}
+        for probe in probes
+    ]
+    files = [{part.file.path: part.file for part in each.values()} for each in parts]
+    if sum(file.size for each in files for file in each.values()) > most:
+        return list(probes)
+    found = []
+    for probe, each, its in zip(probes, parts, files, strict=True):
+        whole = {path: file.whole() for path, file in its.items()}
+        read = {
+            name: {module: part.make(whole[part.file.path], module) for module in part}
+            for name, part in each.items()
+        }
+        found.append(replace(probe, **read) if read else probe)
+    return found
+
+
 def _copied(part: Any) -> Any:
     """A copy whose tensors do not keep the file that they were read from mapped."""
     if part is None:
@@ -144,12 +186,12 @@ def _updates(updates: Mapping[str, LowRank], file: TensorFile) -> Mapping[str, L
             return updates
         keys[sys.intern(module)] = (found[0], found[1], update.scaling)
 
-    def make(module: str) -> LowRank:
+    def make(file: TensorFile, module: str) -> LowRank:
         b, a, scaling = keys[module]
         return LowRank(file.read(b), file.read(a), scaling)
 
     shapes = {module: updates[module].shape for module in keys}
-    return OnDisk(make, shapes, {module: updates[module].r for module in keys})
+    return OnDisk(file, make, shapes, {module: updates[module].r for module in keys})
 
 
 def _names(module: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -169,7 +211,11 @@ def _sketches(part: str, values: Mapping[str, Tensor], file: TensorFile) -> Mapp
     if not all(_holds(file, f"{part}:{module}", value) for module, value in values.items()):
         return values
     shapes = {sys.intern(module): tuple(value.shape) for module, value in values.items()}
-    return OnDisk(lambda module: file.read(f"{part}:{module}").to(torch.float32), shapes)
+
+    def make(file: TensorFile, module: str) -> Tensor:
+        return file.read(f"{part}:{module}").to(torch.float32)
+
+    return OnDisk(file, make, shapes)
 
 
 def _moments(part: str, values: Mapping[str, Moment], file: TensorFile) -> Mapping[str, Moment]:
@@ -183,11 +229,11 @@ def _moments(part: str, values: Mapping[str, Moment], file: TensorFile) -> Mappi
             return values
         keys[sys.intern(module)] = kept[id(moment.factor)], moment.tail
 
-    def make(module: str) -> Moment:
+    def make(file: TensorFile, module: str) -> Moment:
         key, tail = keys[module]
         return Moment(file.read(key).to(torch.float32), tail)
 
-    return OnDisk(make, {module: tuple(values[module].factor.shape) for module in keys})
+    return OnDisk(file, make, {module: tuple(values[module].factor.shape) for module in keys})
 
 
 def _holds(file: TensorFile, key: str, value: Tensor) -> bool:
