@@ -26,7 +26,7 @@ from mergeprobe.predict.models import fit_model, fit_ridge, model_from_json
 from mergeprobe.predict.novelty import fit_novelties, fit_novelty, novelty_of
 from mergeprobe.predict.predictor import Predictor, fit_predictor, load_predictor
 from mergeprobe.predict.ridge import METHODS, score
-from mergeprobe.predict.tier import Guess, fit_tier
+from mergeprobe.predict.tier import Guess, fit_tier, simplest
 
 FEW = {name: CANDIDATES[name] for name in ("ridge, own", "ridge, few", "trees, few", "mix, few")}
 
@@ -516,6 +516,27 @@ def test_novelty_by_hand():
     gaps = [np.hypot(grid[100] - grid[k], 3.0 - grid[k]) / scale for k in range(200)]
     closest = np.mean(np.sort(gaps)[:3]) / math.sqrt(2)
     assert away >= closest / found.edge_distance - 0.01
+
+
+def test_the_simplest_that_is_as_good_is_chosen():
+    even, families = np.full(4, 0.25), list("abcd")
+    squared = {
+        "best": np.array([1.0, 1.0, 1.0, 1.0]),
+        # 0.2 worse, standard error 0.25 · √(0.08 · 4/3) = 0.08
+        "small, worse": np.array([1.2, 1.0, 1.4, 1.2]),
+        # 0.3 worse, standard error 0.25 · √(6.28 · 4/3) = 0.72
+        "small, as good": np.array([3.0, 0.0, 2.0, 0.2]),
+        "small, less good": np.array([3.0, 0.0, 2.0, 0.3]),
+        "large": np.array([1.0, 1.0, 1.0, 1.1]),
+    }
+    sizes = {"best": 9, "small, worse": 2, "small, as good": 3, "small, less good": 3, "large": 20}
+    assert simplest(squared, sizes, even, families) == "small, as good"
+    # two families that agree: 0.3 worse, standard error 0.25 · √(2 · 0.4² · 2) = 0.2
+    assert simplest(squared, sizes, even, ["a", "a", "b", "b"]) == "best"
+    # with all weight on one row it is the best
+    assert simplest(squared, sizes, np.array([0, 1.0, 0, 0]), families) == "small, as good"
+    sure = {"one": np.ones(4), "two": np.ones(4) + 0.01}
+    assert simplest(sure, {"one": 2, "two": 1}, even, families) == "one"
 
 
 def test_each_base_has_its_own_novelty():

@@ -54,8 +54,7 @@ def fit_model(
         given = {"candidates": candidates, "without": without, "seed": seed}
         parts = [fit_model(p, tier, values, goal, weight, **given) for p in candidate.parts]
         return Mix(tuple(parts))
-    menu, options = MENUS[candidate.menu][tier], candidate.options
-    allowed = [c for c in columns_of(tier) if menu is None or c in menu or c in SETTING]
+    allowed, options = features_of(name, tier, candidates), candidate.options
     columns = telling([c for c in allowed if c not in set(without)], values)
     signs = SIGNS if options.get("signed", 1) else {}
     weight = weight * (1.0 + options.get("tail", 0.0) * (goal < score(TAIL)))
@@ -65,6 +64,18 @@ def fit_model(
             columns, values, goal, weight, options.get("penalty", 0.1), signs=signs, by_method=own
         )
     return fit_trees(columns, values, goal, weight, options, signs, seed)
+
+
+def features_of(
+    name: str, tier: Tier, candidates: Mapping[str, Candidate] = CANDIDATES
+) -> tuple[str, ...]:
+    """What a candidate may read at a tier, of all its parts, in the order of COLUMNS."""
+    candidate = candidates[name]
+    if candidate.kind == "mix":
+        used = {c for part in candidate.parts for c in features_of(part, tier, candidates)}
+        return tuple(column for column in COLUMNS if column in used)
+    menu = MENUS[candidate.menu][tier]
+    return tuple(c for c in columns_of(tier) if menu is None or c in menu or c in SETTING)
 
 
 def telling(columns: Sequence[str], values: Matrix) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from mergeprobe.predict.conformal import Predictive, fit_predictive, predictive_
 from mergeprobe.predict.features import Tier
 from mergeprobe.predict.learning import LOWEST, Rows
 from mergeprobe.predict.menus import CANDIDATES, Candidate
-from mergeprobe.predict.models import Model, fit_model, model_from_json
+from mergeprobe.predict.models import Model, features_of, fit_model, model_from_json
 from mergeprobe.predict.novelty import Novelty, fit_novelties, novelty_from_json, novelty_of
 from mergeprobe.predict.ridge import FLOOR, score
 from mergeprobe.predict.splits import Fold, unseen_all
@@ -55,9 +55,9 @@ class Guess:
 
 @dataclass(frozen=True, eq=False)
 class TierModel:
-    """What serves one tier. chosen: its candidate's name. errors: candidate -> mean squared error
-    on unseen families, of what the choice aimed at. top: the retention that a score of "nothing
-    lost" may stand for. novelty: by base model."""
+    """What serves one tier. chosen: its candidate's name (simplest). errors: candidate -> mean
+    squared error on unseen families, of what the choice aimed at. top: the retention that a score
+    of "nothing lost" may stand for. novelty: by base model."""
 
     tier: Tier
     chosen: str
@@ -148,11 +148,14 @@ def fit_tier(
             forecasts[name] = np.mean([forecasts[part] for part in candidate.parts], axis=0)
     seen = np.isfinite(next(iter(forecasts.values())))
     weight = rows.weight[seen]
-    errors = {
-        name: float(np.average(_error(found, goal, aim)[seen] ** 2, weights=weight))
-        for name, found in forecasts.items()
-    }
-    chosen = min(errors, key=lambda name: errors[name])
+    squared = {name: _error(found, goal, aim)[seen] ** 2 for name, found in forecasts.items()}
+    errors = {name: float(np.average(each, weights=weight)) for name, each in squared.items()}
+    chosen = simplest(
+        squared,
+        {name: len(features_of(name, tier, candidates)) for name in candidates},
+        weight,
+        rows.family[seen],
+    )
     model = fit_model(
         chosen,
         tier,
@@ -177,6 +180,33 @@ def fit_tier(
         top=max(1.0 + FLOOR / 2, float(np.quantile(above, 0.99)) if len(above) else 1.0),
         errors={name: round(value, 5) for name, value in errors.items()},
     )
+
+
+def simplest(
+    squared: Mapping[str, Float[np.ndarray, " rows"]],
+    sizes: Mapping[str, int],
+    weight: Float[np.ndarray, " rows"],
+    groups: Sequence[str] | np.ndarray,
+) -> str:
+    """Of the candidates that are worse than the best by no more than one standard error of the
+    difference (groups, families, taken as drawn), the one that reads the fewest features; of
+    equals the one with the least error. So many are compared on so few families that the best by a
+    hair is often the luckiest (Breiman et al. 1984, the one-standard-error rule).
+
+    squared: name -> squared error of each row. sizes: name -> number of features.
+    """
+    names, place = np.unique(np.asarray(groups), return_inverse=True)
+    share = weight / weight.sum()
+    mean = {name: float(share @ each) for name, each in squared.items()}
+    best = min(mean, key=lambda name: mean[name])
+
+    def close(name: str) -> bool:
+        worse = squared[name] - squared[best]
+        parts = np.bincount(place, share * (worse - share @ worse), minlength=len(names))
+        error = np.sqrt((parts**2).sum() * len(names) / max(len(names) - 1, 1))
+        return float(share @ worse) <= error
+
+    return min(filter(close, squared), key=lambda name: (sizes[name], mean[name]))
 
 
 def _error(
