@@ -307,7 +307,7 @@ def combine(pairs: Sequence[Forecast], n: int, method: str = "mean") -> Forecast
     worst = max(middle, damage([p.low for p in pairs]) * slack)
     least = damage([p.high for p in pairs])
     least = min(middle, least / slack if least > 0 else least * slack)
-    clipped = [float(np.clip(1.0 - d, LOWEST, HIGHEST)) for d in (middle, worst, least)]
+    clipped = [min(max(1.0 - d, LOWEST), HIGHEST) for d in (middle, worst, least)]
     return Forecast(retention=clipped[0], low=clipped[1], high=clipped[2])
 
 
