@@ -3,14 +3,14 @@
     python benchmarks/predictor_attempts.py
 
 Each cohort is forecast by the others, which share no family with it (one run an adapter; no SD or
-SE). Tables: candidates, what the few signals gain by those about the partner, the points of
-training whose rows are learned from, the median or the mean of the predictive distribution, a set's
-forecast averaged with the set's own extrapolated merge; a second base's rows (--second) among those
-learned from, for our base and for pairs of its own families that are left out; then the share of
-rows that novelty calls far, of the cohort left out and of the same rows with longer updates. Pairs
-unless it says sets; Spearman, the same within an adapter's partners, R², MAE, AUC for ρ ≥ 0.8 (of
-sets Spearman, R², MAE, AUC and the mean of forecast − measured), under the mean / the sum. A minute
-or two on one core.
+SE). Tables: candidates, intervals of the mix on few signals (share inside, mean width), what these
+gain by those about the partner, the points of training whose rows are learned from, the median or
+the mean of the predictive distribution, a set's forecast averaged with the set's own extrapolated
+merge; a second base's rows (--second) among those learned from, for our base and for pairs of its
+own families that are left out; then the share of rows that novelty calls far, of the cohort left
+out and of the same rows with longer updates. Pairs unless it says sets; Spearman, the same within
+an adapter's partners, R², MAE, AUC for ρ ≥ 0.8 (of sets Spearman, R², MAE, AUC and the mean of
+forecast − measured), under the mean / the sum. A minute or two on one core.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def main() -> None:
     asked = parser.parse_args()
     rows = read_rows(asked.rows, cohorts=asked.cohorts)
     candidates(rows)
+    intervals(rows)
     partner(rows)
     points(rows)
     centres(rows)
@@ -64,8 +65,24 @@ def main() -> None:
 def candidates(rows: Rows) -> None:
     print("\n## candidates, model tier")
     single = [name for name, candidate in CANDIDATES.items() if candidate.kind != "mix"]
-    for name in (*single, "mix, wide", "mix of four"):
+    for name in (*single, "mix, few", "mix, wide", "mix of four"):
         show(rows, name, left_out(rows, plain(name, "model")))
+
+
+def intervals(rows: Rows) -> None:
+    print("\n## 90 % intervals of the mix on few signals, model tier: inside, width")
+    few = {n: CANDIDATES[n] for n in ("ridge, few", "trees, few", "mix, few")}
+    low, high = np.full((2, len(rows)), np.nan)
+    for fold in unseen_cohorts(rows):
+        model = fit_tier(rows.pick(fold.train), "model", candidates=few)
+        found = model.predict(rows.values[fold.test])
+        low[fold.test], high[fold.test] = found.low, found.high
+    inside = (low <= rows.target) & (rows.target <= high)
+    for point in POINTS:
+        cells = [
+            f"{inside[m].mean():.2f} {(high - low)[m].mean():.2f}" for m in slices(rows, point)
+        ]
+        print(f"{point:4.0%}  {' / '.join(cells)}")
 
 
 def partner(rows: Rows) -> None:

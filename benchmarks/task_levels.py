@@ -46,11 +46,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    files = sorted(asked.rows.glob("*/adapters.parquet"))
+    if not files:
+        parser.error(f"'{asked.rows}' holds no cohorts: expected folders with adapters.parquet")
+    read = pl.concat([pl.read_parquet(file) for file in files], how="diagonal_relaxed")
+    trained = read.filter(pl.col("base") == asked.base)
     base = load_base(asked.base)
-    trained = pl.concat(
-        [pl.read_parquet(file) for file in sorted(asked.rows.glob("*/adapters.parquet"))],
-        how="diagonal_relaxed",
-    ).filter(pl.col("base") == asked.base)
     rows = []
     for place, (name, task) in enumerate(BANK_TASKS.items()):
         print(

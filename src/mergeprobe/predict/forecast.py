@@ -82,7 +82,7 @@ def forecast_probes(
 
         inside = in_memory([by_name[n] for n in names], HELD)
         found = _forecaster(inside, model, asked, floor, None, said)
-        # what is asked of it from here on reads no tensors
+        # measured: from here on few tensors are read again, or none, and the memory is let go
         found.probes = tuple(by_name[n] for n in names)
         each.append(found)
     return Neighbourhoods(tuple(each), tuple(probes), progress)
