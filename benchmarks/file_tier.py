@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from mergeprobe.bench.malloc import with_malloc_settings
 from mergeprobe.capture.probe import Probe, read_probe, write_probe
 from mergeprobe.predict.forecast import forecast_probes
 from mergeprobe.predict.neighbourhoods import MANY
@@ -49,7 +50,8 @@ def main() -> None:
     for count in asked.counts:
         again = [sys.executable, __file__, str(asked.probes), "--one", str(count)]
         again += ["--predictor", asked.predictor] if asked.predictor else []
-        rows.append(json.loads(subprocess.run(again, check=True, stdout=subprocess.PIPE).stdout))
+        done = subprocess.run(again, check=True, stdout=subprocess.PIPE, env=with_malloc_settings())
+        rows.append(json.loads(done.stdout))
     names = list(rows[0])
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for row in rows:

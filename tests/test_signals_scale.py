@@ -323,6 +323,18 @@ def test_one_family_fills_its_columns_as_all_do(family, names, whole):
         assert alone["principal_cosine"].null_count() == alone.height
 
 
+def test_products_of_signals_that_nobody_asks_for_are_not_taken(whole):
+    found = pair_rows(PROBES, effort=Effort(signals=("output_overlap", "frobenius_cosine")))
+    for name in ("sign_conflict", "sign_conflict_error", "spectral_amplification"):
+        assert all(found[c].null_count() == found.height for c, _ in columns(name))
+        asked = pair_rows(PROBES, effort=Effort(signals=(name,)))
+        for column, _ in columns(name):
+            assert_close(whole["pairs"].select(column), asked.select(column))
+    for name in ("output_overlap", "union_rank", "frobenius_cosine", "interference"):
+        for column, _ in columns(name):
+            assert_close(whole["pairs"].select(column), found.select(column))
+
+
 def test_the_exact_sign_conflict_is_that_of_the_dense_updates():
     two = PROBES[:2]
     found = pair_rows(two, effort=Effort(("sign",), sign_rows=None))

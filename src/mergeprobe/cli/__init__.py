@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Sequence
 
 GUARD = "MERGEPROBE_REEXECUTED"
-HEAVY = ("demo", "probe")  # verbs that compute for minutes; others do with --base
+# verbs that compute for minutes, or of hundreds of adapters nearly one; others do with --base
+HEAVY = ("demo", "probe", "forecast", "plan", "signals")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

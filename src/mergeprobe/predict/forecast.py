@@ -6,6 +6,7 @@ probes' calibration items. Each tier yields a `Forecaster`, which the planner as
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -31,8 +32,10 @@ from mergeprobe.predict.predictor import Predictor, opened
 from mergeprobe.predict.signal_rows import final_norms, signal_rows
 from mergeprobe.signals import in_memory, tables
 from mergeprobe.signals.checks import check_probes
+from mergeprobe.threads import in_order
 
 HELD = 512 * 2**20  # bytes of a neighbourhood's probes that are read at once
+AT_ONCE = 2  # neighbourhoods that are measured at a time, each by one thread: more take more memory
 
 
 def forecast_probes(
@@ -74,18 +77,22 @@ def forecast_probes(
     by_name = {probe.name: probe for probe in probes}
     size = max(SIZE, -(-len(probes) // (max_adapters or len(probes))))
     sets = neighbourhoods(update_norms(probes), together, size)
-    each = []
-    for number, names in enumerate(sets):
 
-        def said(message: str, number: int = number) -> None:
+    def measured(number: int) -> Forecaster:
+        def said(message: str) -> None:
             progress(f"neighbourhood {number + 1} of {len(sets)}: {message}")
 
-        inside = in_memory([by_name[n] for n in names], HELD)
+        own = tuple(by_name[n] for n in sets[number])
+        inside = in_memory(own, HELD)
         found = _forecaster(inside, model, asked, floor, None, said)
         # measured: from here on few tensors are read again, or none, and the memory is let go
-        found.probes = tuple(by_name[n] for n in names)
-        each.append(found)
-    return Neighbourhoods(tuple(each), tuple(probes), progress)
+        found.probes = own
+        return found
+
+    # one after the other where they share a model, whose passes are counted
+    at_once = 1 if model is not None else min(AT_ONCE, os.cpu_count() or 1)
+    each = tuple(in_order(measured, range(len(sets)), at_once))
+    return Neighbourhoods(each, tuple(probes), progress)
 
 
 def _forecaster(

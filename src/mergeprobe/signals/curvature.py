@@ -149,10 +149,13 @@ def _seen(
 def _own_seen(
     stack: Stack, part: str, who: list[int]
 ) -> tuple[Float[Tensor, "m b q r"], Float[Tensor, "m b"]]:
-    """Each one's own directions through its own moment."""
+    """Each one's own directions through its own moment (made once a stack)."""
     factors, tails = _factors(stack, part, who)
-    vectors = stack.svd[SIDES[part]][:, :, who].double()
-    return torch.einsum("mbqx,mrbx->mbqr", factors, vectors), tails
+    key = f"own {part} {who}"
+    if key not in stack.made:
+        vectors = stack.svd[SIDES[part]][:, :, who].double()
+        stack.made[key] = torch.einsum("mbqx,mrbx->mbqr", factors, vectors)
+    return stack.made[key], tails
 
 
 def _data(rows: Stack, columns: Stack, who: list[int]) -> Float[Tensor, "m a b"]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -56,6 +56,12 @@ FAMILIES = {
 small decompositions for every pair; gradient and curvature need a probe's own parts. Signals of
 drifts and of single adapters need no family."""
 
+SOLE = {
+    update.sign_products: ("sign_conflict", "sign_conflict_error"),
+    update.spectral_norms: ("spectral_amplification",),
+}
+"""Products that no signal but these reads; they are among the dearest."""
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -63,13 +69,15 @@ class Effort:
     sign_conflict; None takes all (exact). precision: of the factors' products, "double" or
     "single"; norms, small decompositions and sums are double either way. device: "auto" takes a
     GPU where there is one. components: rank components in a side of a tile; None: by their
-    number."""
+    number. signals: those of pairs that will be asked for, or None for all: SOLE products of others
+    are not taken."""
 
     families: Sequence[str] | None = None
     sign_rows: int | None = update.SIGN_ROWS
     precision: str = "double"
     device: str = "auto"
     components: int | None = None
+    signals: Collection[str] | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.families or () if name not in FAMILIES]
@@ -78,11 +86,24 @@ class Effort:
         if self.precision not in PRECISIONS:
             raise ProbeError(f"precision is '{self.precision}'; expected one of {[*PRECISIONS]}")
 
+    @property
+    def names(self) -> list[str]:
+        return [name for name in FAMILIES if name in (self.families or FAMILIES)]
+
     def chosen(self) -> list[Family]:
-        found = {name: FAMILIES[name] for name in FAMILIES if name in (self.families or FAMILIES)}
-        if "sign" in found:
-            found["sign"] = Family(pairs=(partial(update.sign_products, rows=self.sign_rows),))
-        return list(found.values())
+        return [self._asked_for(FAMILIES[name]) for name in self.names]
+
+    def _asked_for(self, family: Family) -> Family:
+        pairs: list[Pairs] = []
+        for products in family.pairs:
+            readers = SOLE.get(products, ())
+            if readers and self.signals is not None and not {*readers} & {*self.signals}:
+                continue
+            if products is update.sign_products:
+                pairs.append(partial(update.sign_products, rows=self.sign_rows))
+            else:
+                pairs.append(products)
+        return replace(family, pairs=tuple(pairs))
 
     def side(self, components: int) -> int:
         """Of a tile, in rank components, for so many in all."""

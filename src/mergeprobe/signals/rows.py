@@ -14,7 +14,7 @@ from torch import Tensor
 from mergeprobe.capture.probe import Probe
 from mergeprobe.signals.checks import check_in_common
 from mergeprobe.signals.curvature import FULL_TRIPLES
-from mergeprobe.signals.families import FAMILIES, Effort
+from mergeprobe.signals.families import Effort
 from mergeprobe.signals.panel import Panel, Place
 from mergeprobe.signals.sums import measure
 from mergeprobe.signals.table import SIGNALS, columns, of_kind
@@ -103,10 +103,10 @@ def tables(
     """
     check_in_common(probes)
     wanted = [each for each in pair_columns() if only is None or each[0] in only]
-    signs = any(name == "sign_conflict" for _, name, _ in wanted)  # the dearest, and rarely read
+    asked = {name for _, name, _ in wanted}
     panel = measure(
         probes,
-        Effort([name for name in FAMILIES if signs or name != "sign"], sign_rows=sign_rows),
+        Effort(sign_rows=sign_rows, signals=asked),
         sets=sets,
         layers=only is None,
         triples=triples and len(probes) <= FULL_TRIPLES,

@@ -186,7 +186,8 @@ def _uncancelled(
     left: Float[Tensor, "m r p out"], right: Float[Tensor, "m r p into"]
 ) -> Float[Tensor, "m p"]:
     """‖left rightᵀ‖² of each; where the product cancels the factors become those of its SVD."""
-    one, two = (side.transpose(1, 2) @ side.permute(0, 2, 3, 1) for side in (left, right))
+    rows = (side.transpose(1, 2).contiguous() for side in (left, right))
+    one, two = (side @ side.mT for side in rows)
     energy = (one * two).sum((-2, -1)).double().clamp_min(0)
     largest = one.diagonal(dim1=-2, dim2=-1).sum(-1) * two.diagonal(dim1=-2, dim2=-1).sum(-1)
     m, p = (energy * CANCELLING**2 * left.shape[1] < largest.double()).nonzero(as_tuple=True)
@@ -209,5 +210,5 @@ def _thin_svd(
     sound = sigma > ROUNDING * sigma[..., :1]
     keep = sound[..., None, :]
     r, pad = left.shape[-1], torch.nn.functional.pad
-    u, v = (pad(q @ w * keep, (0, r - w.shape[-1])) for q, w in ((q_out, u), (q_in, vh.mT)))
+    u, v = (q @ pad(w * keep, (0, r - w.shape[-1])) for q, w in ((q_out, u), (q_in, vh.mT)))
     return u, pad(sigma * sound, (0, r - sigma.shape[-1])), v

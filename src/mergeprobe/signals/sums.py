@@ -21,7 +21,7 @@ from mergeprobe.adapters.regions import kind_of, layer_of, third_of
 from mergeprobe.capture.probe import Probe
 from mergeprobe.signals import curvature, gradient, subspace, update
 from mergeprobe.signals.checks import check_probes, resolve
-from mergeprobe.signals.families import FAMILIES, PRECISIONS, Effort, Family, Pairs
+from mergeprobe.signals.families import PRECISIONS, Effort, Family, Pairs
 from mergeprobe.signals.files import rank_of, shape_of
 from mergeprobe.signals.panel import Panel, Place, known_sum
 from mergeprobe.signals.site import Site
@@ -306,7 +306,7 @@ class _Work:
         )
 
     def _sets(self, batch: list[int], stacks: list[Stack]) -> None:
-        names = {family for family in FAMILIES if FAMILIES[family] in self.families}
+        names = self.effort.names
         rows = [0]
         for members in self.sets:
             rows.append(rows[-1] + len(members))
