@@ -1,11 +1,13 @@
 """How far the tasks are from floor and ceiling: loss and exact answers of the base, and after LoRA.
 
-    python benchmarks/task_levels.py --out docs/results/tasks.md
+    python benchmarks/task_levels.py --data FOLDER --out docs/results/tasks.md
 
-Every embedded task of the bank: the base's loss (nats per completion token) and share of exact
-answers on test items, ± the standard error over items; of tasks that a cohort's rows hold
-(--rows), the adapter's, from those rows, over its cohorts. Exact: every token of the completion is
-the model's first choice. About five minutes on one core.
+Every embedded task of the bank, and with --data those of the folder: on test items the base's loss
+(nats per completion token, ± the standard error over items), the share of the answer's tokens that
+are its first choice when it is shown those before (the end token, which a base does not know to
+give, is left out), and the share of exact answers, of which every token is and the end token too;
+of tasks that a cohort's rows hold (--rows), the adapter's, from those rows, over its cohorts. About
+six minutes on one core.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from pathlib import Path
 import polars as pl
 import torch
 
-from mergeprobe.adapters.base import load_base
+from mergeprobe.adapters.base import Base, load_base
 from mergeprobe.bench.tables.page import grid, number, percent
-from mergeprobe.bench.tasks import BANK_TASKS
+from mergeprobe.bench.tasks import BANK_TASKS, real_tasks
+from mergeprobe.capture.batch import Batch, completion_logits
 from mergeprobe.evaluate.score import batch_of, score
 from mergeprobe.predict.refit import OURS
 
@@ -30,6 +33,7 @@ COLUMNS = (
     "task",
     "family",
     "loss, base",
+    "tokens, base",
     "exact, base",
     "loss, adapter",
     "exact, adapter",
@@ -42,6 +46,7 @@ def main() -> None:
     )
     parser.add_argument("--base", default="smollm2-135m-instruct-q4")
     parser.add_argument("--rows", type=Path, default=OURS)
+    parser.add_argument("--data", type=Path, help="a folder of real data, as of `mergeprobe bench`")
     parser.add_argument("--items", type=int, default=32)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
@@ -52,13 +57,14 @@ def main() -> None:
     read = pl.concat([pl.read_parquet(file) for file in files], how="diagonal_relaxed")
     trained = read.filter(pl.col("base") == asked.base)
     base = load_base(asked.base)
+    tasks = BANK_TASKS | (real_tasks(asked.data) if asked.data else {})
     rows = []
-    for place, (name, task) in enumerate(BANK_TASKS.items()):
-        print(
-            f"\r{place + 1} of {len(BANK_TASKS)}: {name:24s}", end="", file=sys.stderr, flush=True
-        )
+    for place, (name, task) in enumerate(tasks.items()):
+        print(f"\r{place + 1} of {len(tasks)}: {name:24s}", end="", file=sys.stderr, flush=True)
+        batch = batch_of(base, task.generate("test", asked.items, 0))
         with torch.inference_mode():
-            found = score(base, None, batch_of(base, task.generate("test", asked.items, 0)))
+            found = score(base, None, batch)
+            tokens = answer_tokens(base, batch)
         error = float(found.loss.std()) / math.sqrt(asked.items)
         exact = percent(float(found.exact.double().mean()))
         mine = trained.filter(pl.col("task") == name)
@@ -66,18 +72,28 @@ def main() -> None:
         if mine.height:
             after[1] = percent(mean(mine, "accuracy_single"))
         loss = f"{number(float(found.loss.mean()))} ± {number(error)}"
-        rows.append((task.domain, name, task.family, loss, exact, *after))
+        rows.append((task.domain, name, task.family, loss, percent(tokens), exact, *after))
     page = (
         "# The tasks: before and after training\n\n"
         f"    {command(sys.argv)}\n\n{grid(COLUMNS, rows)}\n\n"
         f"*{asked.items} test items a task, ± the standard error over items; after training: means "
         "over an adapter's cohorts, on the items of its rows, – where no cohort trained it. "
-        "Loss in nats per token of the completion.*\n"
+        "Loss in nats per token of the completion. Tokens: of the answer without its end token, "
+        "each after the right ones before it.*\n"
     )
     if asked.out is None:
         print(page)
     else:
         asked.out.write_text(page, encoding="utf-8")
+
+
+def answer_tokens(base: Base, batch: Batch) -> float:
+    """Share of the answers' tokens, end tokens left out, that are the base's first choice."""
+    logits, targets, items = completion_logits(base.model, batch)
+    answer = torch.ones_like(items, dtype=torch.bool)
+    answer[:-1] = items[1:] == items[:-1]  # an item's last token is its end token
+    answer[-1] = False
+    return float((logits.argmax(-1) == targets)[answer].double().mean())
 
 
 def mean(table: pl.DataFrame, column: str) -> float:
