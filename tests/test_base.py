@@ -108,3 +108,27 @@ def test_a_packaged_file_is_joined_from_its_parts_and_verified(tmp_path, monkeyp
     only = hashlib.sha256(b"GGUF first ").hexdigest()
     alone = Packaged(tuple(parts[:1]), "1.0", "x.part", only, "Apache-2.0")
     assert packaged_file(alone, said.append) == tmp_path / "site" / "tiny_one" / "data" / "x.part"
+
+
+def test_without_a_network_the_hubs_cache_is_asked_and_nothing_else(tmp_path, monkeypatch):
+    def no_network(self, *args, **options):
+        raise OSError("name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        BaseModelError, match="'some/model' is no folder and not in the hub"
+    ):
+        resolve_base("some/model")
+    stored = tmp_path / "models--some--model"
+    (stored / "refs").mkdir(parents=True)
+    (stored / "refs" / "main").write_text("1" * 40)
+    snapshot = stored / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert resolve_base("some/model") == str(snapshot)
+
+
+def test_a_hub_that_answers_leaves_the_name_as_it_is(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, *args, **options: None)
+    assert resolve_base("some/model") == "some/model"

@@ -68,7 +68,8 @@ def load_base(
 
 
 def resolve_base(spec: str | Path, *, notify: Notify = lambda message: None) -> str:
-    """Where transformers can load `spec` from: a folder (aliases, GGUF, local) or the hub id."""
+    """Where transformers can load `spec` from: a folder (aliases, GGUF, local, the hub's cache
+    without a network) or the hub id."""
     text = str(spec)
     if text in ALIASES:
         packaged = ALIASES[text]
@@ -84,7 +85,31 @@ def resolve_base(spec: str | Path, *, notify: Notify = lambda message: None) -> 
         return text
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise BaseModelError(f"base model folder '{text}' does not exist")
-    return text
+    return _without_network(text)
+
+
+def _without_network(repository: str) -> str:
+    """The repository's folder in the hub's cache where the hub does not answer, else its name.
+
+    Asked once: what loads a model tries for half a minute, even where the cache has it all.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().model_info(repository, timeout=10)
+    except (HfHubHTTPError, HFValidationError):  # an answer, if not a good one
+        return repository
+    except Exception:  # whatever its HTTP library calls no network, no answer in time, or offline
+        try:
+            return snapshot_download(repository, local_files_only=True)
+        except OSError:
+            raise BaseModelError(
+                f"base model '{repository}' is no folder and not in the hub's cache, and the hub "
+                f"cannot be reached; expected a hub id, a folder, a .gguf file or one of "
+                f"{sorted(ALIASES)}"
+            ) from None
+    return repository
 
 
 def needs_unpacking(spec: str | Path) -> bool:
