@@ -116,9 +116,7 @@ def test_without_a_network_the_hubs_cache_is_asked_and_nothing_else(tmp_path, mo
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        BaseModelError, match="'some/model' is no folder and not in the hub"
-    ):
+    with pytest.raises(BaseModelError, match="'some/model' is no folder and not in the hub"):
         resolve_base("some/model")
     stored = tmp_path / "models--some--model"
     (stored / "refs").mkdir(parents=True)
