@@ -8,7 +8,8 @@ gain by those about the partner, the points of training whose rows are learned f
 the mean of the predictive distribution, a set's forecast averaged with the set's own extrapolated
 merge; a second base's rows (--second) among those learned from, for our base and for pairs of its
 own families that are left out; then the share of rows that novelty calls far, of the cohort left
-out and of the same rows with longer updates. Pairs unless it says sets; Spearman, the same within
+out and of the same rows with longer updates; and at the file tier what deeper trees and the two
+dearest signals bring. Pairs unless it says sets; Spearman, the same within
 an adapter's partners, R², MAE, AUC for ρ ≥ 0.8 (of sets Spearman, R², MAE, AUC and the mean of
 forecast − measured), under the mean / the sum. A minute or two on one core.
 """
@@ -16,16 +17,16 @@ forecast − measured), under the mean / the sum. A minute or two on one core.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from mergeprobe.predict.blend import clip
-from mergeprobe.predict.features import COLUMNS, Tier
+from mergeprobe.predict.features import COLUMNS, TIERS, Tier, columns_of
 from mergeprobe.predict.learning import HIGHEST, LOWEST, Rows, read_rows
-from mergeprobe.predict.menus import CANDIDATES
+from mergeprobe.predict.menus import CANDIDATES, DEAR, MENUS, Candidate
 from mergeprobe.predict.models import fit_model
 from mergeprobe.predict.novelty import fit_novelty
 from mergeprobe.predict.refit import OURS
@@ -53,6 +54,7 @@ def main() -> None:
     candidates(rows)
     intervals(rows)
     partner(rows)
+    file_tier(rows)
     points(rows)
     centres(rows)
     sets(rows, own_merges(asked.rows, asked.cohorts))
@@ -92,6 +94,20 @@ def partner(rows: Rows) -> None:
             if tier == "model" or "norm_ratio" not in gone:
                 found = left_out(rows, plain("mix, few", tier, gone))
                 show(rows, f"{tier}, without {' and '.join(gone) or 'none'}", found)
+
+
+def file_tier(rows: Rows) -> None:
+    print(f"\n## deeper trees, and {' and '.join(DEAR)}, file tier")
+    MENUS["every"] = {tier: columns_of(tier) for tier in TIERS}
+    deep = CANDIDATES["trees, all"].options
+    tried = {
+        "trees, few": CANDIDATES["trees, few"],
+        "trees, few, deep": Candidate("trees", "few", deep),
+        "trees, all": CANDIDATES["trees, all"],
+        "trees, every": Candidate("trees", "every", deep),
+    }
+    for name in tried:
+        show(rows, name, left_out(rows, plain(name, "file", candidates=tried)))
 
 
 def points(rows: Rows) -> None:
@@ -177,10 +193,16 @@ def own_merges(folder: Path, cohorts: list[str]) -> dict[tuple, float]:
     return found
 
 
-def plain(name: str, tier: Tier, without: Sequence[str] = ()) -> Callable[[Rows], Forecast]:
+def plain(
+    name: str,
+    tier: Tier,
+    without: Sequence[str] = (),
+    candidates: Mapping[str, Candidate] = CANDIDATES,
+) -> Callable[[Rows], Forecast]:
     def fit(train: Rows) -> Forecast:
         goal = np.asarray(score(train.target))
-        model = fit_model(name, tier, train.values, goal, train.weight, without=without)
+        given = {"candidates": candidates, "without": without}
+        model = fit_model(name, tier, train.values, goal, train.weight, **given)
         return lambda test: np.clip(1 + FLOOR - np.exp(-model.scores(test.values)), LOWEST, HIGHEST)
 
     return fit

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mergeprobe.predict.features import TIERS, Tier
+from mergeprobe.predict.features import TIERS, Tier, columns_of
 
 TAIL = 0.8
 """Retention below which a row counts as a failure."""
@@ -35,7 +35,11 @@ _PROBED = (
 )
 _WEIGHED = ("frobenius_cosine", "frobenius_size", "norm_ratio", "output_overlap", "union_rank")
 _PARTNER = ("norm_ratio", "other_gain_early")
-MENUS: dict[str, Mapping[Tier, tuple[str, ...] | None]] = {
+DEAR = ("spectral_amplification", "sign_conflict")
+"""Features that no candidate is offered: a forecast at the file tier that reads them takes about
+half as long again, and on t1 to t5 trees without them have the same R² and MAE
+(benchmarks/predictor_attempts.py, "file tier")."""
+MENUS: dict[str, Mapping[Tier, tuple[str, ...]]] = {
     "own": dict.fromkeys(TIERS, ("own_gain", "own_gain_early", "own_loss_slope")),
     "few": {
         "weights": _WEIGHED,
@@ -56,7 +60,7 @@ MENUS: dict[str, Mapping[Tier, tuple[str, ...] | None]] = {
             *("own_stable_rank", "own_effective_rank", "amplification", "shared_init"),
         ),
     ),
-    "all": dict.fromkeys(TIERS, None),
+    "all": {tier: tuple(c for c in columns_of(tier) if c not in DEAR) for tier in TIERS},
 }
 """Features to choose from, small to large, for each tier; those of a higher tier than asked are
 left out, and SETTING is always there. "few" are the signals that the pilot's choice took, and how

@@ -75,7 +75,7 @@ def features_of(
         used = {c for part in candidate.parts for c in features_of(part, tier, candidates)}
         return tuple(column for column in COLUMNS if column in used)
     menu = MENUS[candidate.menu][tier]
-    return tuple(c for c in columns_of(tier) if menu is None or c in menu or c in SETTING)
+    return tuple(c for c in columns_of(tier) if c in menu or c in SETTING)
 
 
 def telling(columns: Sequence[str], values: Matrix) -> tuple[str, ...]:
