@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mergeprobe.predict.features import TIERS, Tier, columns_of
+from mergeprobe.predict.features import SETTING, TIERS, Tier, columns_of
 
 TAIL = 0.8
 """Retention below which a row counts as a failure."""
@@ -60,7 +60,9 @@ MENUS: dict[str, Mapping[Tier, tuple[str, ...]]] = {
             *("own_stable_rank", "own_effective_rank", "amplification", "shared_init"),
         ),
     ),
-    "all": {tier: tuple(c for c in columns_of(tier) if c not in DEAR) for tier in TIERS},
+    "all": {
+        tier: tuple(c for c in columns_of(tier) if c not in (*SETTING, *DEAR)) for tier in TIERS
+    },
 }
 """Features to choose from, small to large, for each tier; those of a higher tier than asked are
 left out, and SETTING is always there. "few" are the signals that the pilot's choice took, and how
