@@ -4,14 +4,14 @@
 
 Each cohort is forecast by the others, which share no family with it (one run an adapter; no SD or
 SE). Tables: candidates, intervals of the mix on few signals (share inside, mean width), what these
-gain by those about the partner, the points of training whose rows are learned from, the median or
-the mean of the predictive distribution, a set's forecast averaged with the set's own extrapolated
-merge; a second base's rows (--second) among those learned from, for our base and for pairs of its
-own families that are left out; then the share of rows that novelty calls far, of the cohort left
-out and of the same rows with longer updates; and at the file tier what deeper trees and the two
-dearest signals bring. Pairs unless it says sets; Spearman, the same within
-an adapter's partners, R², MAE, AUC for ρ ≥ 0.8 (of sets Spearman, R², MAE, AUC and the mean of
-forecast − measured), under the mean / the sum. A minute or two on one core.
+gain by those about the partner, what deeper trees and the two dearest signals bring at the file
+tier, the points of training whose rows are learned from, the median or the mean of the predictive
+distribution, a set's forecast averaged with the set's own extrapolated merge; a second base's rows
+(--second) among those learned from, for our base and for pairs of its own families that are left
+out; then the share of rows that novelty calls far, of the cohort left out and of the same rows with
+longer updates. Pairs unless it says sets; Spearman, the same within an adapter's partners, R², MAE,
+AUC for ρ ≥ 0.8 (of sets Spearman, R², MAE, AUC and the mean of forecast − measured), under the mean
+/ the sum. A minute or two on one core.
 """
 
 from __future__ import annotations

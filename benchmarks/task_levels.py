@@ -25,6 +25,7 @@ from mergeprobe.adapters.base import Base, load_base
 from mergeprobe.bench.tables.page import grid, number, percent
 from mergeprobe.bench.tasks import BANK_TASKS, real_tasks
 from mergeprobe.capture.batch import Batch, completion_logits
+from mergeprobe.errors import MergeProbeError
 from mergeprobe.evaluate.score import batch_of, score
 from mergeprobe.predict.refit import OURS
 
@@ -56,8 +57,11 @@ def main() -> None:
         parser.error(f"'{asked.rows}' holds no cohorts: expected folders with adapters.parquet")
     read = pl.concat([pl.read_parquet(file) for file in files], how="diagonal_relaxed")
     trained = read.filter(pl.col("base") == asked.base)
-    base = load_base(asked.base)
-    tasks = BANK_TASKS | (real_tasks(asked.data) if asked.data else {})
+    try:
+        tasks = BANK_TASKS | (real_tasks(asked.data) if asked.data else {})
+        base = load_base(asked.base)
+    except MergeProbeError as problem:
+        parser.error(str(problem))
     rows = []
     for place, (name, task) in enumerate(tasks.items()):
         print(f"\r{place + 1} of {len(tasks)}: {name:24s}", end="", file=sys.stderr, flush=True)

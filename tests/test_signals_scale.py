@@ -283,6 +283,13 @@ def test_rows_are_not_added_to_those_of_others(tmp_path):
         add_pairs(path, [PROBES[0], changed, *PROBES[2:4]], path)
     with pytest.raises(ProbeError, match="measured with precision double, now asked for is single"):
         add_pairs(path, PROBES[:4], path, Effort(precision="single"))
+    asked = Effort(signals=("output_overlap",))
+    write_pairs(measure(PROBES[:3], asked, largest=LARGEST), path, asked)
+    with pytest.raises(ProbeError, match="measured with signals"):
+        add_pairs(path, PROBES[:4], path, Effort())
+    assert add_pairs(path, PROBES[:4], path) == 1
+    added = pl.read_parquet(path)
+    assert added["sign_conflict"].null_count() == added.height == 12
     pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "other.parquet")
     with pytest.raises(ProbeError, match="does not say what it was measured with"):
         add_pairs(tmp_path / "other.parquet", PROBES, path)

@@ -85,11 +85,11 @@ def resolve_base(spec: str | Path, *, notify: Notify = lambda message: None) -> 
         return text
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise BaseModelError(f"base model folder '{text}' does not exist")
-    return _without_network(text)
+    return _on_hub(text)
 
 
-def _without_network(repository: str) -> str:
-    """The repository's folder in the hub's cache where the hub does not answer, else its name.
+def _on_hub(repository: str) -> str:
+    """The name of a repository; where the hub does not answer, its folder in the hub's cache.
 
     Asked once: what loads a model tries for half a minute, even where the cache has it all.
     """

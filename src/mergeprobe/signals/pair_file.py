@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def facts(panel: Panel, effort: Effort) -> dict[str, Any]:
         "families": list(effort.families) if effort.families is not None else None,
         "sign_rows": asked["sign_rows"],
         "precision": asked["precision"],
+        "signals": _listed(effort.signals),
         "adapters": dict(zip(panel.names, panel.own("energy", "all").sqrt().tolist(), strict=True)),
         "errors": stated(sketch_size(panel.probes), len(panel.modules), effort.sign_rows),
     }
@@ -88,7 +89,9 @@ def add_pairs(
     has an adapter that is not among `probes`, or one that has another norm now.
     """
     said = read_facts(known)
-    effort = effort or Effort(said["families"], said["sign_rows"], said["precision"])
+    effort = effort or Effort(
+        said["families"], said["sign_rows"], said["precision"], signals=said.get("signals")
+    )
     check_in_common(probes)
     place = {probe.name: i for i, probe in enumerate(probes)}
     old = said["adapters"]
@@ -151,12 +154,17 @@ def _comparable(
         ("families", list(effort.families) if effort.families is not None else None),
         ("sign_rows", effort.sign_rows),
         ("precision", effort.precision),
+        ("signals", _listed(effort.signals)),
     ):
-        if said[key] != asked:
+        if said.get(key) != asked:
             raise ProbeError(
-                f"'{known}' was measured with {key} {said[key]}, now asked for is {asked}; "
+                f"'{known}' was measured with {key} {said.get(key)}, now asked for is {asked}; "
                 "use the same or measure all pairs again"
             )
+
+
+def _listed(signals: Collection[str] | None) -> list[str] | None:
+    return sorted(signals) if signals is not None else None
 
 
 def _names() -> list[str]:
