@@ -37,8 +37,8 @@ _WEIGHED = ("frobenius_cosine", "frobenius_size", "norm_ratio", "output_overlap"
 _PARTNER = ("norm_ratio", "other_gain_early")
 DEAR = ("spectral_amplification", "sign_conflict")
 """Features that no candidate is offered: a forecast at the file tier that reads them takes a
-third to two thirds longer (docs/LOG.md), and on t1 to t5 trees without them have the same R² and MAE
-(benchmarks/predictor_attempts.py, "file tier")."""
+third to two thirds longer (docs/LOG.md), and on t1 to t5 trees without them have the same R² and
+MAE (benchmarks/predictor_attempts.py, "file tier")."""
 MENUS: dict[str, Mapping[Tier, tuple[str, ...]]] = {
     "own": dict.fromkeys(TIERS, ("own_gain", "own_gain_early", "own_loss_slope")),
     "few": {
