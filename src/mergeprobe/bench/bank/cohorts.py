@@ -77,7 +77,8 @@ def again(of: CohortSpec, name: str, seed: int) -> CohortSpec:
         for position, adapter in enumerate(of.adapters)
     )
     lean = {**LEAN, "points": (), "model_points": (), "set_points": (), "set_sizes": ((2, None),)}
-    changes = {"name": name, "adapters": adapters, "truncated_ranks": (), "whole_methods": ()}
+    changes: dict[str, Any] = {"name": name, "adapters": adapters, "joint": False}
+    changes |= {"truncated_ranks": (), "whole_methods": ()}
     return of.model_copy(update={**lean, **changes})
 
 
@@ -91,8 +92,9 @@ _FULL: dict[str, Any] = {
     "methods": FIRST_METHODS,
 }
 _FULL_AND_EARLIER: dict[str, Any] = {**_FULL, "points": (0.025, *POINTS)}
-# more triples and the whole set: what a plan may do, and what is done without one
+# more triples, the whole set, a joint adapter: what a plan may do, and what is done without one
 _HELD_OUT: dict[str, Any] = {
+    "joint": True,
     "set_sizes": ((2, None), (3, 10), (5, 1), (6, None)),
     "whole_methods": ("norm_preserving_mean", "ties", "iso_c"),
 }
@@ -130,7 +132,6 @@ _ALL = (
         ("odd_one_out", "common_class", "equation", "python_range", "nth_word", "age_limit"),
         seed=11,
         turn=0,
-        joint=True,
         **_HELD_OUT,
     ),
     cohort(
