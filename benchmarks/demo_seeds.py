@@ -1,4 +1,4 @@
-"""The demo over several seeds: the table of the README, as Markdown.
+"""The demo over several seeds: the tables of docs/results/demo.md.
 
     mergeprobe demo --out runs/s0 --seed 0      (and s1, s2; runs/easy0 with --control easy)
     python benchmarks/demo_seeds.py runs/s0 runs/s1 runs/s2 --easy runs/easy0
@@ -65,9 +65,10 @@ def decisions(runs: Sequence[Outcomes]) -> list[str]:
         groups = "; ".join(
             f"{' + '.join(g.adapters)} ({g.method or g.action})" for g in run.plan.groups
         )
+        best = lost.best.replace("|", "\\|")
         lines.append(
             f"| {run.config.seed} | {groups} | {min(f.retention for f in forecast.values()):.2f} "
-            f"| {measured.total.worst:.2f} | {lost.worst:+.3f} | {lost.best} |"
+            f"| {measured.total.worst:.2f} | {lost.worst:+.3f} | {best} |"
         )
     lines += [
         "",
