@@ -20,7 +20,7 @@ SET_POINTS = (0.05, 0.1)  # where plans are made; pairs are measured at every po
 # A second look at what a row costs and brings: retention's standard error over 64 items was 0.004
 # at the median, a fiftieth of its spread over pairs, so half of the items do; the points at which
 # plans are made are measured everywhere, finished adapters by their probes alone, other points in
-# t1 and t2. Forecasts of sets read signals of pairs only, so no set is run at the model tier.
+# t1, t2 and t6. Forecasts of sets read signals of pairs only, so no set is run at the model tier.
 LEAN: dict[str, Any] = {
     "points": (*SET_POINTS, 1.0),
     "model_points": SET_POINTS,
@@ -154,6 +154,8 @@ _ALL = (
         ("python_line", "javascript_line", "alphabetical", "by_length", "half_life", "roman"),
         seed=6,
         turn=2,
+        points=(0.025, *POINTS),
+        model_points=(0.025, *SET_POINTS),
     ),
     cohort(
         "h3",
