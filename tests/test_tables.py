@@ -42,6 +42,7 @@ from mergeprobe.bench.tables.page import Needs, Table, estimate, grid, number, p
 from mergeprobe.bench.tables.picture import Mark, Panel, Series, bars, drawn
 from mergeprobe.bench.tables.resample import SCORES, cluster_interval, draws, resampled, samples_of
 from mergeprobe.bench.tables.skill import Options
+from mergeprobe.bench.tables.transfer import cohorts_apart
 from mergeprobe.errors import DataError
 from mergeprobe.plan import Forecast
 from mergeprobe.predict.baselines import BASELINES, learned
@@ -447,8 +448,30 @@ def test_the_report_says_all_it_must(quick, tmp_path):
     assert text["transfer.md"].count("no skill") == 3
     assert "needs rows of a second base model" in text["transfer.md"]
     assert "Another base model" in text["README.md"]
+    assert "needs a cohort that is neither trained on" in text["transfer.md"]
     assert "plan, file tier" in text["decisions.md"]
     assert str(tmp_path) not in "".join(text.values())
+
+
+def test_a_cohort_apart_is_forecast_by_the_others():
+    """`real` is neither trained on nor held out; a cohort on another base is not among those."""
+    moved = pl.col("cohort").replace({"t4": "real", "t5": "elsewhere"})
+    tables = {n: t.with_columns(moved) for n, t in reported(trained=5, held=2, repeats=0).items()}
+    there = pl.when(pl.col("cohort") == "elsewhere").then(pl.lit("other base"))
+    tables["adapters"] = tables["adapters"].with_columns(there.otherwise("base").alias("base"))
+    found = made_bank(tables)
+    assert found.trained == ("t1", "t2", "t3")
+    assert found.apart() == ["real"]
+    pairs = found.rows.pick((found.rows.size == 2) & (found.rows.point < 0.2))
+    table = cohorts_apart(found, pairs, Options("command", 20))
+    assert isinstance(table, Table)
+    assert "pairs of t1, t2, t3, h1, h2 that share no family" in table.caption
+    labels = [row[0] for row in table.rows]
+    assert {label.split(",")[0] for label in labels} == {"real"}
+    for name in (MODEL, FILE, "method mean", "early merge, as measured"):
+        assert sum(label.endswith(f", {name}") for label in labels) == len(labels) / 9
+    ranked = next(row for row in table.rows if row[0].endswith(f"sum, {MODEL}"))
+    assert float(ranked[1].split()[0]) > 0.3  # the made-up bank can be forecast
 
 
 def test_a_bank_without_held_out_cohorts_says_what_is_needed(quick):

@@ -41,6 +41,13 @@ class Bank:
             return None
         return unseen_cohorts(self.rows, [self.held_out], among=self.trained)[0]
 
+    def apart(self) -> list[str]:
+        """Cohorts on a base model that is trained on, neither trained on nor held out."""
+        cohort, base = self.rows.cohort, self.rows.table["base"].to_numpy()
+        known = set(base[np.isin(cohort, self.trained)].tolist())
+        there = set(cohort[np.isin(base, list(known))].tolist())
+        return sorted(there - {*self.trained, *self.held_out})
+
     def cohort(self, name: str) -> dict[str, pl.DataFrame]:
         found = {key: t.filter(pl.col("cohort") == name) for key, t in self.tables.items()}
         if self.tuned is not None:

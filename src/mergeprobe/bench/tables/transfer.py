@@ -8,18 +8,30 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from mergeprobe.bench.tables.bank import Bank, near
-from mergeprobe.bench.tables.by_setting import SIMPLE, caption, scored
+from mergeprobe.bench.tables.by_setting import SIMPLE, by_setting, caption, scored
 from mergeprobe.bench.tables.ceiling import CEILING, repeated
 from mergeprobe.bench.tables.cross_validation import cross_validated, one_task_unseen, other_base
-from mergeprobe.bench.tables.forecasters import FILE, MODEL, OWN, part_of, plain
-from mergeprobe.bench.tables.page import DASH, Needs, Page, Part, Table, estimate, number, percent
+from mergeprobe.bench.tables.forecasters import FILE, MODEL, OWN, capped, not_own, part_of, plain
+from mergeprobe.bench.tables.page import (
+    DASH,
+    Needs,
+    Page,
+    Part,
+    Table,
+    estimate,
+    listed,
+    number,
+    percent,
+)
 from mergeprobe.bench.tables.skill import METHODS, POINTS, SCORED, UNCONDITIONAL, Options, cells
-from mergeprobe.predict.baselines import Fitter
+from mergeprobe.errors import NotForecastable
+from mergeprobe.predict.baselines import BASELINES, Fitter
 from mergeprobe.predict.learning import Rows
 from mergeprobe.predict.scores import Tested
-from mergeprobe.predict.splits import Fold
+from mergeprobe.predict.splits import Fold, unseen_cohorts
 from mergeprobe.predict.validate import out_of_fold
 
+AS_MEASURED = ("early merge, as measured", "extrapolated merge, as measured")
 PAIRED = ("Spearman", "within partners", "R2", "MAE")
 PAIRED_NAMES = ("Spearman", "within partners", "R²", "MAE")
 
@@ -34,6 +46,8 @@ def transfer_page(
     parts: list[Part] = larger_sets(bank, tested, options)
     say("unseen learning rates, ranks, horizons, domains and sizes")
     parts += settings(bank, early, options)
+    say("cohorts apart")
+    parts.append(cohorts_apart(bank, pairs, options))
     say("cross-validation over all cohorts")
     parts += cross_validated(pairs, bank.measured, options)
     say("one task unseen")
@@ -172,3 +186,33 @@ def _compared(
         cells_ += [number(found["seen"].value[metric]), number(found["unseen"].value[metric])]
         cells_.append(estimate(found["unseen"].estimate(metric, against=found["seen"])))
     return [name, str(len(both["seen"].rows)), *cells_]
+
+
+# ---------------------------------------------------------------------------------- cohorts apart
+def cohorts_apart(bank: Bank, pairs: Rows, options: Options) -> Part:
+    """pairs: at POINTS, of every cohort."""
+    title, apart = "Cohorts apart: real data", bank.apart()
+    if not apart:
+        return Needs(title, "a cohort that is neither trained on (t…) nor held out (h…)")
+    others = (*bank.trained, *bank.held_out)
+    try:
+        folds = unseen_cohorts(pairs, [(name,) for name in apart], among=others)
+    except NotForecastable as problem:
+        return Needs(title, f"cohorts that differ in all families ({problem})")
+    fitters = {
+        MODEL: capped("model", seed=options.seed),
+        FILE: capped("file", seed=options.seed),
+        OWN: plain("model", without=not_own(), seed=options.seed),
+        **{name: BASELINES[name] for name in (*SIMPLE, *AS_MEASURED)},
+    }
+    rows = []
+    for fold in folds:
+        tested = {name: out_of_fold(pairs, [fold], fitter) for name, fitter in fitters.items()}
+        rows += [[f"{fold.name}, {row[0]}", *row[1:]] for row in by_setting(tested, options)]
+    said = caption(
+        f"Forecast by pairs of {listed(others)} that share no family with it. Cohort `real`: "
+        "items of public data sets, longer than all others. The predictor chooses among three "
+        "candidates, inside.",
+        options,
+    )
+    return Table(title, said, ("cohort, point, method, forecast", *SCORED), rows)
