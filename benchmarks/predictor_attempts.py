@@ -4,7 +4,8 @@
 
 Each cohort is forecast by the others, which share no family with it (one run an adapter; no SD or
 SE). Tables: candidates, intervals of the mix on few signals (share inside, mean width), what these
-gain by those about the partner, what deeper trees and the two dearest signals bring at the file
+gain by those about the partner and by how long the merge rule makes each (under the equal-norm mean
+and SVC), what deeper trees and the two dearest signals bring at the file
 tier, the points of training whose rows are learned from, the median or the mean of the predictive
 distribution, a set's forecast averaged with the set's own extrapolated merge; a second base's rows
 (--second) among those learned from, for our base and for pairs of its own families that are left
@@ -37,6 +38,8 @@ from mergeprobe.predict.tier import Guess, fit_tier
 
 SHOWN = ("Spearman", "within partners", "R2", "MAE", "AUC")
 METHODS = ("mean", "sum")
+RULES = ("mean", "sum", "equal_norm_mean", "svc")
+RULE = ("own_weight", "others_length")
 PARTNER = ("norm_ratio", "other_gain_early")
 POINTS = (0.05, 0.1)
 Forecast = Callable[[Rows], np.ndarray]
@@ -54,6 +57,7 @@ def main() -> None:
     candidates(rows)
     intervals(rows)
     partner(rows)
+    rule(rows)
     file_tier(rows)
     points(rows)
     centres(rows)
@@ -94,6 +98,15 @@ def partner(rows: Rows) -> None:
             if tier == "model" or "norm_ratio" not in gone:
                 found = left_out(rows, plain("mix, few", tier, gone))
                 show(rows, f"{tier}, without {' and '.join(gone) or 'none'}", found)
+
+
+def rule(rows: Rows) -> None:
+    print(f"\n## with and without how long the rule makes each: {' / '.join(RULES)}")
+    for tier in TIERS:
+        for name in ("ridge, few", "trees, few", "mix, few"):
+            for label, gone in (("with", ()), ("without", RULE)):
+                found = left_out(rows, plain(name, tier, gone))
+                show(rows, f"{tier}, {name}, {label}", found, RULES)
 
 
 def file_tier(rows: Rows) -> None:
@@ -225,14 +238,14 @@ def left_out(
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def show(rows: Rows, label: str, found: np.ndarray) -> None:
+def show(rows: Rows, label: str, found: np.ndarray, methods: Sequence[str] = METHODS) -> None:
     for point in POINTS:
-        cells = " / ".join(scored(rows, found, mask, SHOWN) for mask in slices(rows, point))
+        cells = " / ".join(scored(rows, found, m, SHOWN) for m in slices(rows, point, methods))
         print(f"{label:45s} {point:4.0%}  {cells}")
 
 
-def slices(rows: Rows, point: float) -> Iterator[np.ndarray]:
-    for method in METHODS:
+def slices(rows: Rows, point: float, methods: Sequence[str] = METHODS) -> Iterator[np.ndarray]:
+    for method in methods:
         yield (rows.size == 2) & (rows.method == method) & (np.abs(rows.point - point) < 1e-9)
 
 

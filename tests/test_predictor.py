@@ -27,6 +27,7 @@ from mergeprobe.predict.novelty import fit_novelties, fit_novelty, novelty_of
 from mergeprobe.predict.predictor import Predictor, fit_predictor, load_predictor
 from mergeprobe.predict.ridge import METHODS, score
 from mergeprobe.predict.tier import Guess, fit_tier, simplest
+from mergeprobe.predict.weighing import weights_of
 
 FEW = {name: CANDIDATES[name] for name in ("ridge, own", "ridge, few", "trees, few", "mix, few")}
 
@@ -105,6 +106,24 @@ def test_methods_between_mean_and_sum():
     # a column of its own where there is one, else between
     assert at(got, "early_retention")[:2] == pytest.approx([between, score(0.85)])
     assert at(got, "early_retention")[2] == pytest.approx((score(0.7) + score(0.5)) / 2)
+
+
+def test_how_long_the_rule_makes_the_adapter_and_the_others():
+    """By hand: ‖a‖ = 2, ‖b‖ = 6, ‖c‖ = 1, so n̄ = 4 of a and b, 3 of all."""
+    pairs = pl.DataFrame(
+        {"i": ["a", "a", "b"], "j": ["b", "c", "a"], "norm_ratio": [3.0, 0.5, 1 / 3]}
+    )
+    asked = [("a", ["b"], m) for m in ("mean", "sum", "equal_norm_mean", "svc", "ties")]
+    asked += [("b", ["a"], "equal_norm_mean"), ("a", ["b", "c"], "equal_norm_mean")]
+    asked += [("a", ["b", "c"], "mean"), ("b", ["a", "c"], "equal_norm_mean")]
+    got = feature_matrix(requests(*asked), pairs)
+    weight = [1 / 2, 1.0, 4 / (2 * 2), 1.0, 1 / math.sqrt(2), 4 / (2 * 6), 3 / (3 * 2), 1 / 3]
+    assert np.exp(at(got, "own_weight"))[:-1] == pytest.approx(weight)
+    assert weight[2] == pytest.approx(weights_of("equal_norm_mean", {"a": 2.0, "b": 6.0})["a"])
+    length = [3.0, 3.0, 1.0, 3.0, 3.0, 1.0, 2.0, 3.5]
+    assert np.exp(at(got, "others_length"))[:-1] == pytest.approx(length)
+    for name in ("own_weight", "others_length"):  # no row (b, c)
+        assert math.isnan(at(got, name)[-1])
 
 
 def test_what_is_missing_of_one_is_missing_of_the_set():

@@ -40,7 +40,11 @@ def feature_matrix(
     methods = requests["method"].to_numpy()
     exponent = np.array([METHODS[m].exponent for m in methods])
     filled = [_setting(name, beside, methods, exponent, count) for name in SETTING]
-    filled += [_of_methods(f, beside, methods, exponent) for f in FEATURES.values()]
+    for feature in FEATURES.values():
+        if feature.method in ("weight", "length"):
+            filled.append(_weighed(feature, beside, methods, exponent, count))
+        else:
+            filled.append(_of_methods(feature, beside, methods, exponent))
     return np.stack(filled, 1) if len(count) else np.zeros((0, len(COLUMNS)))
 
 
@@ -117,6 +121,25 @@ def _of_methods(
         if exact is not None:
             between = np.where((methods == method) & np.isfinite(exact), exact, between)
     return between
+
+
+def _weighed(
+    feature: Feature,
+    source: _Source,
+    methods: np.ndarray,
+    exponent: np.ndarray,
+    count: np.ndarray,
+) -> Float[np.ndarray, " requests"]:
+    """weighing.weights_of for whole arrays; a rule that it does not know has the weight T^−e."""
+    ratios = source.over(feature.column, feature)  # Σ ‖ΔW_j‖ / ‖ΔW_i‖ over the others
+    if ratios is None:
+        return np.full(len(methods), math.nan)
+    even, size = methods == "equal_norm_mean", count + 1.0
+    if feature.method == "weight":
+        equal = np.log1p(ratios) - 2.0 * np.log(size)  # w_i = n̄ / (T n_i), T n̄ = Σ n
+        return np.where(even, equal, -exponent * np.log(size))
+    alike = np.where(np.isnan(ratios), math.nan, np.log(count))
+    return np.where(even, alike, np.log(np.maximum(ratios, 1e-6)))
 
 
 def _transformed(values: np.ndarray, kind: Kind) -> np.ndarray:

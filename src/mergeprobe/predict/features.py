@@ -34,7 +34,9 @@ class Feature:
     adds what is missing to a retention of 1. kind: as ridge.TRANSFORMS, without its clipping.
     sign: +1 or −1 where more of the feature surely means more or less retention, else 0.
     method: "shared" by all, or "own": `{}` in the column's name stands for the method; one that has
-    no column lies between the mean and the sum, by its exponent.
+    no column lies between the mean and the sum, by its exponent. "weight" and "length", of the
+    column norm_ratio alone: logs of what the method multiplies i's update by (w_i), and of how long
+    the others then are beside it, Σ w_j ‖ΔW_j‖ / (w_i ‖ΔW_i‖).
     """
 
     column: str
@@ -44,7 +46,7 @@ class Feature:
     over: Literal["first", "sum", "mean", "max", "harm"] = "sum"
     kind: Kind = "linear"
     sign: int = 0
-    method: Literal["shared", "own"] = "shared"
+    method: Literal["shared", "own", "weight", "length"] = "shared"
 
 
 def _own(column: str, tier: Tier, family: str, kind: Kind = "linear", sign: int = 0) -> Feature:
@@ -67,6 +69,8 @@ FEATURES: dict[str, Feature] = {
         "frobenius_cosine", "pair", "weights", "update", "max", "magnitude"),
     "frobenius_cosine_late": Feature("frobenius_cosine_late", "pair", "weights", "update"),
     "norm_ratio": Feature("norm_ratio", "pair", "weights", "update", "sum", "log"),
+    "own_weight": Feature("norm_ratio", "pair", "weights", "update", method="weight"),
+    "others_length": Feature("norm_ratio", "pair", "weights", "update", method="length"),
     "spectral_amplification": Feature(
         "spectral_amplification", "pair", "weights", "update", "max"),
     "sign_conflict": Feature("sign_conflict", "pair", "weights", "update", "max"),

@@ -33,8 +33,12 @@ _PROBED = (
     *("own_gain_early", "gradient_cosine_base", "interference_ratio", "drift_ratio", "js_to_kl"),
     "surrogate",
 )
-_WEIGHED = ("frobenius_cosine", "frobenius_size", "norm_ratio", "output_overlap", "union_rank")
-_PARTNER = ("norm_ratio", "other_gain_early")
+_RULE = ("own_weight", "others_length")
+_WEIGHED = (
+    *("frobenius_cosine", "frobenius_size", "norm_ratio", "output_overlap", "union_rank"),
+    *_RULE,
+)
+_PARTNER = ("norm_ratio", "other_gain_early", *_RULE)
 DEAR = ("spectral_amplification", "sign_conflict")
 """Features that no candidate is offered: a forecast at the file tier that reads them takes a
 third to two thirds longer (docs/LOG.md), and on t1 to t5 trees without them have the same R² and
@@ -43,7 +47,7 @@ MENUS: dict[str, Mapping[Tier, tuple[str, ...]]] = {
     "own": dict.fromkeys(TIERS, ("own_gain", "own_gain_early", "own_loss_slope")),
     "few": {
         "weights": _WEIGHED,
-        "file": (*_PROBED, "other_gain_early"),
+        "file": (*_PROBED, "other_gain_early", *_RULE),
         "model": (*_DISTURBED, *_PARTNER),
     },
     "core": dict.fromkeys(TIERS, (*_DISTURBED, *_PROBED, *_WEIGHED)),
@@ -65,9 +69,9 @@ MENUS: dict[str, Mapping[Tier, tuple[str, ...]]] = {
     },
 }
 """Features to choose from, small to large, for each tier; those of a higher tier than asked are
-left out, and SETTING is always there. "few" are the signals that the pilot's choice took, and how
-large and how quick to learn the partner is (chosen on t1 to t3: benchmarks/predictor_attempts.py,
-"the partner")."""
+left out, and SETTING is always there. "few" are the signals that the pilot's choice took, how large
+and how quick to learn the partner is (chosen on t1 to t3: benchmarks/predictor_attempts.py, "the
+partner"), and how long the rule makes both (on t1 to t5: "the rule's weights")."""
 
 _SHALLOW = {"rounds": 150, "depth": 3, "rate": 0.05, "leaf": 8, "shrink": 5.0}
 _TAIL = {"tail": 2.0}
