@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -26,7 +27,7 @@ from mergeprobe.predict.models import fit_model, fit_ridge, model_from_json
 from mergeprobe.predict.novelty import fit_novelties, fit_novelty, novelty_of
 from mergeprobe.predict.predictor import Predictor, fit_predictor, load_predictor
 from mergeprobe.predict.ridge import METHODS, score
-from mergeprobe.predict.tier import Guess, fit_tier, simplest
+from mergeprobe.predict.tier import Guess, fit_tier, measured_at, simplest
 from mergeprobe.predict.weighing import weights_of
 
 FEW = {name: CANDIDATES[name] for name in ("ridge, own", "ridge, few", "trees, few", "mix, few")}
@@ -634,3 +635,40 @@ def test_no_torch_and_no_xgboost_until_they_are_needed():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_tier_is_judged_by_the_rows_it_is_asked_about(rows):
+    """Rows of one family lose all signals of the model tier: they are learned from, not judged."""
+    own = [COLUMNS.index(name) for name, feature in FEATURES.items() if feature.tier == "model"]
+    values = rows.values.copy()
+    gone = rows.family == rows.family[0]
+    values[np.ix_(gone, own)] = np.nan
+    assert measured_at(values, "model").tolist() == (~gone).tolist()
+    assert measured_at(values, "file").all()
+    assert measured_at(values, "weights").all()
+    fewer = replace(rows, values=values)
+    families = len(set(rows.family.tolist()))
+    assert fit_tier(rows, "model", candidates=FEW).predictive.families == families
+    judged = fit_tier(fewer, "model", candidates=FEW)
+    assert judged.predictive.families == families - 1
+    assert fit_tier(fewer, "file", candidates=FEW).predictive.families == families
+    values[:, own] = np.nan  # of nothing: then by all there is
+    nothing = fit_tier(replace(rows, values=values), "model", candidates=FEW)
+    assert nothing.predictive.families == families
+
+
+def test_frozen_cohorts_choose_nothing(rows):
+    """Errors of all cohorts are those of each alone, averaged by weight."""
+    cohorts = sorted(set(rows.cohort.tolist()))
+    together = fit_tier(rows, "file", candidates=FEW)
+    total = dict.fromkeys(FEW, 0.0)
+    for one in cohorts:
+        others = [name for name in cohorts if name != one]
+        alone = fit_tier(rows, "file", candidates=FEW, frozen=others)
+        share = rows.weight[rows.cohort == one].sum() / rows.weight.sum()
+        for name, error in alone.errors.items():
+            total[name] += share * error
+        assert alone.predictive.families == together.predictive.families  # calibrated on all
+    assert together.errors == pytest.approx(total, abs=2e-5)
+    everything = fit_tier(rows, "file", candidates=FEW, frozen=cohorts)
+    assert everything.errors == together.errors

@@ -106,6 +106,13 @@ def test_the_command(folders, tmp_path, capsys, monkeypatch):
     status, printed, _ = fit("--rows", mine, "--only-mine", "--force", "--json", "--out", out)
     assert status == 0
     assert json.loads(printed)["cohorts"] == ["c0", "c1"]
+    assert json.loads(printed)["frozen"] == []
+    status, _, _ = fit("--rows", mine, "--frozen", "c1", "--only-mine", "--force", "--out", out)
+    assert status == 0
+    assert "Models were chosen without c1." in (out / "README.md").read_text()
+    status, _, problem = fit("--rows", mine, "--frozen", "h1", "--out", tmp_path / "x")
+    assert status == 1
+    assert "no cohort 'h1' to freeze; there are c0" in problem
     status, _, problem = fit("--rows", tmp_path / "nowhere", "--out", tmp_path / "x")
     assert status == 1
     assert "no cohort in" in problem

@@ -39,6 +39,15 @@ def fit(
     only_mine: Annotated[
         bool, typer.Option("--only-mine", help="Without the rows that come with mergeprobe.")
     ] = False,
+    frozen: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COHORT",
+            help="A cohort that is fitted on but chooses no model, so that tables of what was "
+            "chosen without it hold for the predictor. May be given several times.",
+            show_default="h1, h2 and h3 of ours",
+        ),
+    ] = None,
     seed: Seed = 0,
     force: Force = False,
     json: Json = False,
@@ -54,7 +63,8 @@ def fit(
 
     refuse_existing(out, force=force)
     with show.working("fitting") as say:
-        predictor = refit(rows, ours=None if only_mine else OURS, seed=seed, say=say)
+        ours = None if only_mine else OURS
+        predictor = refit(rows, ours=ours, frozen=frozen or (), seed=seed, say=say)
     predictor.save(out, force=force)
     if json:
         show.emit({"predictor": str(out), **predictor.card})

@@ -26,7 +26,7 @@ def model_card(card: Mapping[str, Any]) -> str:
         f"{len(families)} families of tasks, on {', '.join(card['bases'])}; merge rules: "
         f"{', '.join(card['methods'])}; sets of {', '.join(map(str, card['sizes']))}; signals at "
         f"{', '.join(f'{point:.1%}' for point in card['points'])} of training. Left out: "
-        f"{_left_out(card['dropped'])}.\n"
+        f"{_left_out(card['dropped'])}.{_frozen(card.get('frozen', ()))}\n"
         f"- **Intervals** hold {card['interval']}: nothing is claimed for a single family, "
         "or for tasks of another kind than these.\n"
         "- **Far from its rows** (another base, learning rate, rank or kind of task that makes "
@@ -41,6 +41,10 @@ def model_card(card: Mapping[str, Any]) -> str:
     if card.get("scores"):
         parts.append(_scores(card["scores"]))
     return "\n\n".join(parts) + "\n"
+
+
+def _frozen(cohorts: Sequence[str]) -> str:
+    return f" Models were chosen without {', '.join(cohorts)}." if cohorts else ""
 
 
 def _left_out(dropped: Mapping[str, int]) -> str:

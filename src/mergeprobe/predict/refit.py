@@ -23,6 +23,9 @@ from mergeprobe.predict.validate import out_of_fold
 
 OURS = Path(__file__).parents[1] / "bank"
 """The rows that travel with the package: a folder of cohorts."""
+HELD_OUT = ("h1", "h2", "h3")
+"""Of ours: fitted on by the predictor that is shipped, but its models are those that were chosen
+without them, as in the tables that they judge."""
 YOURS = " (yours)"
 SCORED = ("Spearman", "within partners", "R2", "MAE", "AUC")
 Say = Callable[[str], None]
@@ -32,27 +35,35 @@ def refit(
     folders: Path | Sequence[Path],
     *,
     ours: Path | None = OURS,
+    frozen: Sequence[str] = (),
     candidates: Mapping[str, Candidate] = CANDIDATES,
     seed: int = 0,
     say: Say = lambda message: None,
 ) -> Predictor:
     """A predictor fitted on the cohorts in `folders` (learning.read_rows says which layout) and,
     unless `ours` is None, on ours. Its card holds scores on families that were left out: of all
-    rows, and of the user's own.
+    rows, and of the user's own. frozen: cohorts that choose no model; HELD_OUT of ours too.
 
     Only tiers that enough rows have signals for are fitted. Raises DataError for rows that cannot
-    be read, NotForecastable where they are too few or of too few families.
+    be read or a frozen cohort that is not there, NotForecastable where rows are too few or of too
+    few families.
     """
     rows, mine = gathered(folders, ours)
+    there = set(rows.cohort.tolist())
+    if unknown := sorted(set(frozen) - there):
+        raise DataError(f"no cohort '{unknown[0]}' to freeze; there are {', '.join(sorted(there))}")
+    if ours is not None:
+        frozen = sorted({*frozen, *HELD_OUT} & there)
     fitted: dict[Tier, TierModel] = {}
     scores: list[dict[str, Any]] = []
     for tier in supported(rows):
         say(f"{tier} tier: {len(candidates)} candidates on families left out")
-        fitted[tier] = fit_tier(rows, tier, candidates=candidates, seed=seed)
+        fitted[tier] = fit_tier(rows, tier, candidates=candidates, frozen=frozen, seed=seed)
         say(f"{tier} tier: scores of '{fitted[tier].chosen}'")
         tested = unseen_scores(rows, tier, fitted[tier].chosen, candidates, seed)
         scores += score_rows(tested, tier, mine if ours is not None else ())
-    card = describe(rows, fitted) | {"yours": list(mine), "scores": scores}
+    card = describe(rows, fitted)
+    card |= {"frozen": list(frozen), "yours": list(mine), "scores": scores}
     return Predictor(fitted, card)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from mergeprobe.errors import NotForecastable
 from mergeprobe.plan import Forecast
 from mergeprobe.predict.conformal import Predictive, fit_predictive, predictive_from_json
-from mergeprobe.predict.features import Tier
+from mergeprobe.predict.features import COLUMNS, FEATURES, Tier
 from mergeprobe.predict.learning import LOWEST, Rows
 from mergeprobe.predict.menus import CANDIDATES, Candidate
 from mergeprobe.predict.models import Model, features_of, fit_model, model_from_json
@@ -127,10 +127,14 @@ def fit_tier(
     candidates: Mapping[str, Candidate] = CANDIDATES,
     without: Sequence[str] = (),
     folds: Sequence[Fold] | None = None,
+    frozen: Sequence[str] = (),
     aim: Aim = "score",
     seed: int = 0,
 ) -> TierModel:
     """folds: for choice and calibration; default unseen_all(rows). without: withheld features.
+    Learned from all rows, chosen and calibrated by those that the tier will be asked about: where
+    any signal of its own was measured (finished adapters, say, often have none of the model tier).
+    frozen: cohorts that choose nothing, unless there are no others.
     Other arguments and errors as of predictor.fit_predictor."""
     if len(rows) < FEWEST_ROWS:
         raise NotForecastable(
@@ -147,15 +151,15 @@ def fit_tier(
         if candidate.kind == "mix":
             forecasts[name] = np.mean([forecasts[part] for part in candidate.parts], axis=0)
     seen = np.isfinite(next(iter(forecasts.values())))
-    weight = rows.weight[seen]
-    squared = {name: _error(found, goal, aim)[seen] ** 2 for name, found in forecasts.items()}
-    errors = {name: float(np.average(each, weights=weight)) for name, each in squared.items()}
-    chosen = simplest(
-        squared,
-        {name: len(features_of(name, tier, candidates)) for name in candidates},
-        weight,
-        rows.family[seen],
-    )
+    if (asked := seen & measured_at(rows.values, tier)).any():
+        seen = asked
+    if not (choosing := seen & ~np.isin(rows.cohort, list(frozen))).any():
+        choosing = seen
+    share = rows.weight[choosing]
+    squared = {name: _error(found, goal, aim)[choosing] ** 2 for name, found in forecasts.items()}
+    errors = {name: float(np.average(each, weights=share)) for name, each in squared.items()}
+    sizes = {name: len(features_of(name, tier, candidates)) for name in candidates}
+    chosen = simplest(squared, sizes, share, rows.family[choosing])
     model = fit_model(
         chosen,
         tier,
@@ -172,7 +176,11 @@ def fit_tier(
         chosen=chosen,
         model=model,
         predictive=fit_predictive(
-            forecasts[chosen][seen], goal[seen], rows.values[seen], weight, rows.family[seen]
+            forecasts[chosen][seen],
+            goal[seen],
+            rows.values[seen],
+            rows.weight[seen],
+            rows.family[seen],
         ),
         novelty=fit_novelties(
             model.columns, rows.values, rows.family, rows.table["base"].to_numpy(), seed
@@ -180,6 +188,12 @@ def fit_tier(
         top=max(1.0 + FLOOR / 2, float(np.quantile(above, 0.99)) if len(above) else 1.0),
         errors={name: round(value, 5) for name, value in errors.items()},
     )
+
+
+def measured_at(values: Float[np.ndarray, "rows columns"], tier: Tier) -> Bool[np.ndarray, " rows"]:
+    """Rows of COLUMNS that hold a signal of this very tier."""
+    own = [COLUMNS.index(name) for name, feature in FEATURES.items() if feature.tier == tier]
+    return np.asarray(np.isfinite(values[:, own]).any(1))
 
 
 def simplest(
