@@ -16,6 +16,7 @@ from mergeprobe.adapters.base import load_base
 from mergeprobe.bench.demo import run_demo
 from mergeprobe.bench.folder import Config, RunFolder
 from mergeprobe.bench.outcomes import Outcomes, regret, set_partitions
+from mergeprobe.bench.results import report_data
 from mergeprobe.compose import read_deployment
 from mergeprobe.errors import MergeProbeError, OutputExists
 from tests.tiny_base import tiny_model, write_tiny_base
@@ -99,6 +100,8 @@ def test_strategies_and_regret(finished):
     assert found["mean"].resident_parameters * 3 == routing.resident_parameters
     assert len(outcomes.partitions()) == 5  # Bell(3)
     assert regret(outcomes).plan_parameters == found["plan"].resident_parameters
+    (ours,) = [row for row in report_data(folder).partitions if row.chosen]
+    assert ours.resident_parameters == found["plan"].resident_parameters
 
 
 def test_partitions_by_hand():

@@ -232,6 +232,7 @@ def _partitions(outcomes: Outcomes) -> Iterator[PartitionRow]:
             label=found.label,
             mean=deployed.total.mean if ours else found.mean,
             worst=deployed.total.worst if ours else found.worst,
-            resident_parameters=found.resident_parameters,
+            # at the ranks that the plan cuts to; the others are measured uncut
+            resident_parameters=(deployed if ours else found).resident_parameters,
             chosen=ours,
         )
