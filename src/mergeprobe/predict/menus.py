@@ -71,7 +71,8 @@ MENUS: dict[str, Mapping[Tier, tuple[str, ...]]] = {
 """Features to choose from, small to large, for each tier; those of a higher tier than asked are
 left out, and SETTING is always there. "few" are the signals that the pilot's choice took, how large
 and how quick to learn the partner is (chosen on t1 to t3: benchmarks/predictor_attempts.py, "the
-partner"), and how long the rule makes both (on t1 to t5: "the rule's weights")."""
+partner"), and how long the rule makes both (on t1 to t5: "how long the rule
+makes each")."""
 
 _SHALLOW = {"rounds": 150, "depth": 3, "rate": 0.05, "leaf": 8, "shrink": 5.0}
 _TAIL = {"tail": 2.0}
