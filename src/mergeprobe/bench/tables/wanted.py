@@ -32,6 +32,7 @@ RANKS: Mapping[float, Mapping[str, float]] = {
 OF_CEILING = 0.9
 LEAST_R2, LEAST_AUC, COVERED, WIDEST = 0.5, 0.90, 0.9, 0.7
 MOST_MAE: Mapping[str, float] = {"mean": 0.08, "sum": 0.12}
+DIGITS = 3  # two would hide on which side of the wanted number a score lies
 COLUMNS = ("score", "point", "method", "wanted", "model tier", "ceiling", "reached")
 COMPARED = ("Spearman", "within partners", "R2", "MAE")
 
@@ -83,7 +84,13 @@ def _rows(found: Mapping[str, Resampled], point: float, method: str) -> list[lis
 def _row(
     name: str, wanted: str, ours: Resampled, metric: str, ceiling: float, reached: bool
 ) -> list[str]:
-    return [name, wanted, estimate(ours.estimate(metric)), number(ceiling), _yes(reached)]
+    return [
+        name,
+        wanted,
+        estimate(ours.estimate(metric), DIGITS),
+        number(ceiling, DIGITS),
+        _yes(reached),
+    ]
 
 
 def _beaten(found: Mapping[str, Resampled], metric: str) -> list[str]:
